@@ -12,6 +12,7 @@ import csv
 import difflib
 import gzip
 import hashlib
+import http.client
 import inspect
 import itertools
 import json
@@ -27,6 +28,8 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import numpy as np
+import torch
 from filelock import FileLock
 from huggingface_hub.utils import httpx
 from tqdm.auto import tqdm
@@ -90,7 +93,7 @@ def split_file(data: str, split: str, suffixes: tuple[str, ...] = (".jsonl", ".j
     """The file of a split in the folder `data`, under any name that the split goes by. UsageError if there is none."""
     folder = Path(data)
     if not folder.is_dir():
-        raise UsageError(f"--data {data}: no such folder")
+        raise UsageError(f"{data} is not a folder with {SPLITS[split][0]}{suffixes[0]}")
     names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in suffixes]
     for name in names:
         if (folder / name).is_file():
@@ -134,8 +137,7 @@ def load_rows(task: str, split: str, source: dict, columns: dict[str, str], max_
     source: the arguments of load_dataset; columns: name -> its type (string, int, list), all needed and none empty in
     any row; max_size: only that many rows from the start. UsageError if any of that cannot be had.
     """
-    if max_size is not None:
-        check_at_least("max_size", max_size, 1)
+    check_positive(max_size=max_size)
     local = source.get("data_files")
     where = f"{task}: {local[split] if local else 'dataset ' + source['path']}"
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong reaches the user as one line, below
@@ -193,7 +195,7 @@ def download(task: str, url: str, sha256: str | None = None) -> Path:
                 if sha256 is not None and hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     raise ConnectionError("wrong checksum: the file is not the one that this task was written for")
             part.replace(path)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             way_out = "with --data FOLDER its files are read from there instead"
             raise UsageError(f"{task}: {url} cannot be downloaded ({error}); {way_out}") from None
         finally:
@@ -206,10 +208,11 @@ def progress(rows, task: str, split: str):
     return tqdm(rows, desc=f"{task} {split}", unit=" rows", delay=1)
 
 
-def check_at_least(option: str, value, least: int) -> None:
-    """UsageError unless the option is a whole number of at least `least`."""
-    if not isinstance(value, int) or value < least:
-        raise UsageError(f"{option} must be a whole number of at least {least}, not {value!r}")
+def check_positive(**options: int | None) -> None:
+    """UsageError if one of the options is given and not at least 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +222,7 @@ def synthetic(task: str, prompt: str, write: Callable, split: str, data, n_sampl
     """n_samples times the same prompt, each with one reference by `write(rng)`; the same for a split and a seed."""
     if data is not None:
         raise UsageError(f"{task} is synthetic and reads no --data, given: {data}")
-    check_at_least("n_samples", n_samples, 1)
+    check_positive(n_samples=n_samples)
     rng = random.Random(f"{task} {split} {seed}")
     return [Sample(f"{split}_{i}", prompt, [write(rng)], {}) for i in range(n_samples)]
 
@@ -289,12 +292,12 @@ def load_imdb(split, data=None) -> list[Sample]:
     return [Sample(f"{split}_{i}", halves(row["text"])[0], [row["text"]], {}) for i, row in enumerate(rows)]
 
 
-def load_imdb_seq2seq(split, data=None, positive_ratio: float = 1.0) -> list[Sample]:
+def load_imdb_seq2seq(split, data=None, positive_ratio: int | float = 1.0) -> list[Sample]:
     """The first half of a film review to the second. train has positive reviews only, the first positive_ratio of them.
 
     meta: reference, the whole review.
     """
-    if not isinstance(positive_ratio, int | float) or not 0 < positive_ratio <= 1:
+    if not 0 < positive_ratio <= 1:
         raise UsageError(f"positive_ratio must be over 0 and at most 1, not {positive_ratio!r}")
     samples = []
     for i, row in enumerate(progress(imdb_rows("imdb_seq2seq", split, data), "imdb_seq2seq", split)):
@@ -335,8 +338,7 @@ def load_cnn_dm(
     split, data=None, prefix: str = "Summarize: ", truncate_article: int | None = None, max_size: int | None = None
 ) -> list[Sample]:
     """A news article to its highlights (CNN / Daily Mail). truncate_article: only that many words of the article."""
-    if truncate_article is not None:
-        check_at_least("truncate_article", truncate_article, 1)
+    check_positive(truncate_article=truncate_article)
     hub = {"path": "abisee/cnn_dailymail", "name": "3.0.0", "revision": "96df5e686bee6baa90b8bee7c28b81fa3fa6223d"}
     columns = {"article": "string", "highlights": "string"}
     rows = load_rows("cnn_dm", split, hub_or_folder(split, data, **hub), columns, max_size)
@@ -451,9 +453,8 @@ def load_narrative_qa(split, data=None) -> list[Sample]:
         "quoting": csv.QUOTE_NONE,  # written without quoting: a quotation mark is a quotation mark
     }
     answers_of = {}
-    for row in progress(
-        load_rows("narrative_qa", split, source, {"prompt": "string", "answer": "string"}), "narrative_qa", split
-    ):
+    rows = load_rows("narrative_qa", split, source, {"prompt": "string", "answer": "string"})
+    for row in progress(rows, "narrative_qa", split):
         answers_of.setdefault(row["prompt"].lower(), []).append(row["answer"].lower().strip())
     return [Sample(f"{split}_{i}", prompt, texts, {}) for i, (prompt, texts) in enumerate(answers_of.items())]
 
@@ -522,7 +523,7 @@ def load_crd3(split, data=None, max_context: int = 5) -> list[Sample]:
     max_context: turns in the prompt. data: a folder with the archive's "aligned data/{train,val,test}_files", the names
     of the split's games, and "cleaned data/*.json".
     """
-    check_at_least("max_context", max_context, 1)
+    check_positive(max_context=max_context)
     if data is None:
         archive = download("crd3", f"https://github.com/RevanthRameshkumar/CRD3/archive/{CRD3_COMMIT}.zip")
         root = zipfile.Path(archive) / f"CRD3-{CRD3_COMMIT}" / "data"
@@ -536,9 +537,13 @@ def load_crd3(split, data=None, max_context: int = 5) -> list[Sample]:
         file = root / "cleaned data" / f"{game}.json"
         if not file.is_file():
             raise UsageError(f"{data}: {games.name} names the game {game}, and there is no 'cleaned data/{file.name}'")
+        try:
+            turns = json.loads(file.read_text(encoding="utf-8"))["TURNS"]
+            turns = [(turn["NAMES"][0], " ".join(turn["UTTERANCES"])) for turn in turns]
+        except (ValueError, LookupError, TypeError) as error:
+            raise UsageError(f"{file} has no TURNS with NAMES and UTTERANCES ({error!r})") from None
         context = []
-        for t, turn in enumerate(json.loads(file.read_text(encoding="utf-8"))["TURNS"]):
-            name, utterance = turn["NAMES"][0], " ".join(turn["UTTERANCES"])
+        for t, (name, utterance) in enumerate(turns):
             if t >= 2:
                 prompt = "\n".join(context[-max_context:]) + f"\n{name}: "
                 samples.append(Sample(f"{split}_ep_{g}_turn_{t}", prompt, [utterance], {}))
@@ -554,12 +559,15 @@ def load_daily_dialog(split, data=None, context_size: int = 5) -> list[Sample]:
     meta: emotion (0 to 6) and intent, the dialogue act (1 inform, 2 question, 3 directive, 4 commissive), of the
     reference.
     """
-    check_at_least("context_size", context_size, 1)
+    check_positive(context_size=context_size)
     hub = {"path": "li2017dailydialog/daily_dialog", "revision": CONVERTED, "data_dir": "default"}
     columns = {"dialog": "list", "act": "list", "emotion": "list"}
+    rows = load_rows("daily_dialog", split, hub_or_folder(split, data, **hub), columns)
     samples = []
     said = 0
-    for row in progress(load_rows("daily_dialog", split, hub_or_folder(split, data, **hub), columns), "dialog", split):
+    for number, row in enumerate(progress(rows, "daily_dialog", split), start=1):
+        if not len(row["dialog"]) == len(row["act"]) == len(row["emotion"]):
+            raise UsageError(f"daily_dialog: row {number} of {split} has not one act and one emotion per utterance")
         turns = zip(row["dialog"], row["emotion"], row["act"], strict=True)
         for t, (utterance, emotion, act) in enumerate(turns):
             if t >= context_size:
@@ -573,20 +581,21 @@ def load_daily_dialog(split, data=None, context_size: int = 5) -> list[Sample]:
 # ---------------------------------------------------------------------------------------------------------------------
 # One's own JSONL
 # ---------------------------------------------------------------------------------------------------------------------
-def read_jsonl(file: Path) -> list[dict]:
-    """The rows of a .jsonl or .jsonl.gz file, each an object; UsageError naming the line that is not."""
+def read_jsonl(file: Path) -> list[tuple[int, dict]]:
+    """The objects of a .jsonl or .jsonl.gz file, each with its line number; UsageError naming the line that is none."""
     rows = []
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{file}, line {number}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise UsageError(f"{file}, line {number}: not a JSON object with the key 'prompt'")
-            rows.append({**row, "line": number})
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    rows.append((number, json.loads(line)))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{file}, line {number}: not JSON ({error.msg})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read ({error})") from None
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise UsageError(f"{file}, line {number}: not a JSON object with the key 'prompt'")
     return rows
 
 
@@ -607,9 +616,8 @@ def load_jsonl(path: str, split, data=None) -> list[Sample]:
     if not rows:
         raise UsageError(f"{file}: the split {split!r} is empty")
     samples = []
-    for row in rows:
-        line = row.pop("line")
-        if not isinstance(row.get("prompt"), str):
+    for line, row in rows:
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             there = ", ".join(row) or "none"
             raise UsageError(f"{file}, line {line}: no text under 'prompt'{nearest('prompt', row)}; its keys: {there}")
         references = row.get("references", [])
@@ -619,6 +627,55 @@ def load_jsonl(path: str, split, data=None) -> list[Sample]:
         meta = {key: value for key, value in row.items() if key not in ("id", "prompt", "references")}
         samples.append(Sample(str(row.get("id", f"{split}_{len(samples)}")), row["prompt"], references, meta))
     return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From texts to batches of tokens
+# ---------------------------------------------------------------------------------------------------------------------
+def prompt_order(positions, num_samples, seed):
+    """Indices of the samples at these positions of an endless stream of epochs, each shuffled anew."""
+    orders, indices = {}, []
+    for position in positions:
+        epoch, place = divmod(position, num_samples)
+        if epoch not in orders:
+            generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 2]))
+            orders[epoch] = generator.permutation(num_samples)
+        indices.append(int(orders[epoch][place]))
+    return indices
+
+
+def describe_lengths(tokenizer, samples, max_length, response_length):
+    """One line on how long the prompts and references are in tokens, and how many will be truncated."""
+    lengths = [len(row) for row in tokenizer([s.prompt for s in samples]).input_ids]
+    middle, high = np.percentile(lengths, [50, 95])
+    cut = np.mean(np.array(lengths) > max_length)
+    line = f"prompts: {middle:.0f} tokens (median), {high:.0f} (95%), {cut:.1%} truncated to {max_length}"
+    references = [s.references[0] for s in samples if s.references]
+    if references:
+        lengths = [len(row) for row in tokenizer(references, add_special_tokens=False).input_ids]
+        middle, high = np.percentile(lengths, [50, 95])
+        cut = np.mean(np.array(lengths) >= response_length)
+        line += f"; references: {middle:.0f} (median), {high:.0f} (95%), {cut:.1%} longer than a response can be"
+    return line
+
+
+def encode_prompts(tokenizer, prompts, max_length, truncation_side) -> list[list[int]]:
+    """Token ids of each prompt, special tokens included; a prompt without any token becomes one EOS."""
+    tokenizer.truncation_side = truncation_side
+    ids = tokenizer(list(prompts), truncation=True, max_length=max_length, return_attention_mask=False).input_ids
+    return [row or [tokenizer.eos_token_id] for row in ids]
+
+
+def pad(rows: list[list[int]], pad_id, device, left=False):
+    """ids (B, L) int64 and mask (B, L) bool. The mask comes from lengths: an id may be both a token and padding."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, where] = torch.tensor(row)
+        mask[i, where] = True
+    return ids.to(device), mask.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -634,6 +691,23 @@ def get_task(name: str) -> Task:
     raise UsageError(f"unknown task {name!r}{nearest(name, TASKS)}; known: {known}, or a JSONL file or folder")
 
 
+def parse_kwargs(typed: dict[str, str], names, defaults: dict[str, dict]) -> dict[str, dict]:
+    """{name: keyword arguments}: the task's own, then what was typed as KEY or NAME.KEY, read as JSON where it is."""
+    kwargs = {name: dict(defaults.get(name, {})) for name in names}
+    for key, text in typed.items():
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        owner, _, option = key.rpartition(".")
+        if owner and owner not in names:
+            known = difflib.get_close_matches(owner, names, 1, 0) or ["no name"]
+            raise UsageError(f"{key}: {owner} is not in use; did you mean {known[0]}.{option}?")
+        for name in [owner] if owner else names:
+            kwargs[name][option] = value
+    return kwargs
+
+
 def load_task(name: str, split: str, data: str | None = None, **kwargs) -> list[Sample]:
     """The samples of one split (train, val, test) of a task, in a fixed order.
 
@@ -643,16 +717,22 @@ def load_task(name: str, split: str, data: str | None = None, **kwargs) -> list[
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     load = get_task(name).load
-    options = [option for option in inspect.signature(load).parameters if option not in ("split", "data")]
-    for key in kwargs:
+    options = {
+        option.name: option.annotation
+        for option in inspect.signature(load).parameters.values()
+        if option.name not in ("split", "data")
+    }
+    for key, value in kwargs.items():
         if key not in options:
             known = ", ".join(options) or "none"
             raise UsageError(f"task {name!r} has no option {key!r}{nearest(key, options)}; its options are: {known}")
+        if not isinstance(value, options[key]):
+            kind = getattr(options[key], "__name__", options[key])
+            raise UsageError(f"{key} must be of type {kind}, not {value!r}")
     return load(split, data, **kwargs)
 
 
 NUMBERS = {"increasing_numbers": {"min_tokens": 20}}
-MULTILINGUAL = {"model_type": "bert-base-multilingual-cased", "num_layers": 9}
 SENTIMENT = Task(
     load_imdb,
     prompt_length=64,
@@ -679,7 +759,7 @@ TRANSLATION = Task(
     truncation_side="right",
     reward=("ter",),
     metrics=("meteor", "rouge", "bleu", "bertscore", "sacrebleu", "ter", "chrf", "diversity"),
-    metric_kwargs={"bertscore": MULTILINGUAL, "sacrebleu": {"tokenize": "intl"}},
+    metric_kwargs={"bertscore": {"lang": "de"}, "sacrebleu": {"tokenize": "intl"}},
     generation={"num_beams": 4, "length_penalty": 0.6},
 )
 
@@ -705,7 +785,9 @@ TASKS = {
         metrics=("dates",),
     ),
     "imdb": SENTIMENT,
-    "imdb_seq2seq": replace(SENTIMENT, load=load_imdb_seq2seq),
+    "imdb_seq2seq": replace(
+        SENTIMENT, load=load_imdb_seq2seq, metric_kwargs={"perplexity": {"reference_key": "reference"}}
+    ),
     "commongen": Task(
         load_commongen,
         prompt_length=20,

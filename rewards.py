@@ -22,6 +22,7 @@ import shutil
 import signal
 import string
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -44,13 +45,52 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize as rouge_tokenize
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Tokenizer,
+    RobertaTokenizer,
+)
 
 from datapools import UsageError
 
 COMMONGEN_PREFIX = "generate a sentence with: "
 # References come again at every visit of their sample, so what is derived from them is kept, for as many as this.
 PREPARED = 4096
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the rewards of a run to the rewards of tokens
+# ---------------------------------------------------------------------------------------------------------------------
+def score_texts(reward_functions, reward_weights, samples, generations, response_lengths, width):
+    """The weighted rewards as rewards of tokens (B, width), and {reward: its mean}.
+
+    A number goes to the last token of the response; a list has one number for each. Raises ValueError for any other.
+    """
+    texts = [s.prompt for s in samples], generations, [s.references for s in samples], [s.meta for s in samples]
+    token_scores, means = torch.zeros(len(samples), width), {}
+    for (name, reward), weight in zip(reward_functions.items(), reward_weights, strict=True):
+        values = reward(*texts)
+        if len(values) != len(samples):
+            raise ValueError(f"{name} returned {len(values)} values for {len(samples)} samples")
+        for i, value in enumerate(values):
+            array, length = np.asarray(value), int(response_lengths[i])
+            if array.dtype.kind not in "biuf" or array.shape not in ((), (length,)) or not np.isfinite(array).all():
+                raise ValueError(
+                    f"{name} returned {value!r:.60} for sample {samples[i].id}: must be a finite number, or a list "
+                    f"of one for each of the response's {length} tokens"
+                )
+            where = slice(0, length) if array.ndim else length - 1
+            token_scores[i, where] += weight * torch.as_tensor(array, dtype=torch.float32)
+        means[name] = float(np.mean([np.sum(value) for value in values]))
+    return token_scores, means
+
+
+def describe_error(error):
+    """An exception as one line that ends with the place where it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1000,14 +1040,15 @@ def bertscore(
     if num_layers is None and model_type not in library.utils.model2layers:
         raise UsageError(f"bertscore: pass num_layers for {model_type!r}, a model that bert-score does not know")
     try:
-        scorer = library.BERTScorer(
-            model_type=model_type, num_layers=num_layers, batch_size=batch_size, device=device, use_fast_tokenizer=True
-        )
+        scorer = library.BERTScorer(model_type=model_type, num_layers=num_layers, batch_size=batch_size, device=device)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"bertscore: the model {model_type!r} cannot be loaded: {reason}") from None
     except AssertionError as error:
         raise UsageError(f"bertscore: num_layers {num_layers} for {model_type!r}: {error}") from None
+    if isinstance(scorer._tokenizer, (GPT2Tokenizer, RobertaTokenizer)):
+        # bert-score asks these for a space before the first word at each call, which transformers 5 ignores.
+        scorer._tokenizer = AutoTokenizer.from_pretrained(model_type, add_prefix_space=True)
     scorer._tokenizer.model_max_length = max_tokens(scorer._tokenizer, scorer._model.config)
 
     def score_pairs(texts, references):
