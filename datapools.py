@@ -89,15 +89,23 @@ def nearest(name: str, known) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows from the hub, from a folder, or from a plain download
 # ---------------------------------------------------------------------------------------------------------------------
+def open_text(file: Path):
+    """A text file, gzipped or not, open for reading."""
+    return gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8")
+
+
 def split_file(data: str, split: str, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz")) -> Path:
     """The file of a split in the folder `data`, under any name that the split goes by. UsageError if there is none."""
     folder = Path(data)
     if not folder.is_dir():
         raise UsageError(f"{data} is not a folder with {SPLITS[split][0]}{suffixes[0]}")
     names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in suffixes]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
+    for file in (folder / name for name in names):
+        if file.is_file():
+            with open_text(file) as lines:
+                if not any(line.strip() for line in lines):
+                    raise UsageError(f"{file}: the split {split!r} is empty")
+            return file
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
     raise UsageError(f"{data}: the split {split!r} is missing, no {' or '.join(names)}; there is: {there}")
 
@@ -143,8 +151,6 @@ def load_rows(task: str, split: str, source: dict, columns: dict[str, str], max_
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong reaches the user as one line, below
     try:
         rows = datasets.load_dataset(**source)
-    except StopIteration:  # what the JSON reader makes of a file without a line
-        raise UsageError(f"{where}: the split {split!r} is empty") from None
     except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         if not local and datasets.config.HF_HUB_OFFLINE:
@@ -454,6 +460,8 @@ def load_narrative_qa(split, data=None) -> list[Sample]:
     }
     answers_of = {}
     rows = load_rows("narrative_qa", split, source, {"prompt": "string", "answer": "string"})
+    if not any(rows["answer"]):
+        raise UsageError(f"narrative_qa: {file} has no answers: a line must be question and context, a tab, an answer")
     for row in progress(rows, "narrative_qa", split):
         answers_of.setdefault(row["prompt"].lower(), []).append(row["answer"].lower().strip())
     return [Sample(f"{split}_{i}", prompt, texts, {}) for i, (prompt, texts) in enumerate(answers_of.items())]
@@ -585,7 +593,7 @@ def read_jsonl(file: Path) -> list[tuple[int, dict]]:
     """The objects of a .jsonl or .jsonl.gz file, each with its line number; UsageError naming the line that is none."""
     rows = []
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as lines:
+        with open_text(file) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     rows.append((number, json.loads(line)))
@@ -708,6 +716,12 @@ def parse_kwargs(typed: dict[str, str], names, defaults: dict[str, dict]) -> dic
     return kwargs
 
 
+def task_options(load: Callable) -> dict[str, type]:
+    """What --task-kwargs may give to a loader: name of the option -> its type."""
+    parameters = inspect.signature(load).parameters.values()
+    return {option.name: option.annotation for option in parameters if option.name not in ("split", "data")}
+
+
 def load_task(name: str, split: str, data: str | None = None, **kwargs) -> list[Sample]:
     """The samples of one split (train, val, test) of a task, in a fixed order.
 
@@ -717,11 +731,7 @@ def load_task(name: str, split: str, data: str | None = None, **kwargs) -> list[
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     load = get_task(name).load
-    options = {
-        option.name: option.annotation
-        for option in inspect.signature(load).parameters.values()
-        if option.name not in ("split", "data")
-    }
+    options = task_options(load)
     for key, value in kwargs.items():
         if key not in options:
             known = ", ".join(options) or "none"

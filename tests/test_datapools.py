@@ -1,19 +1,33 @@
-"""Every task's prompts, references and meta, pinned on hand-written rows in the hub's columns, and the errors."""
+"""Every task's prompts, references and meta, pinned on hand-written rows in the hub's columns, and the errors.
 
+tests/data/TASK/ has the rows, in the very columns of the hub and of the archives; they go through the same code as
+downloaded ones. tests/data/totto_prompts.jsonl has tables with the prompts that the original linearisation gives.
+"""
+
+import gzip
+import hashlib
+import http.server
+import json
 import os
+import socket
 import sys
+import threading
+import time
+import zipfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import datasets
+import huggingface_hub
 import pytest
 
 import datapools
-from datapools import UsageError, load_task
+from datapools import TASKS, Sample, UsageError, get_task, load_task
 
 DATA = Path(__file__).parent / "data"
+HUB_TASKS = [name for name in TASKS if name not in ("numbers", "dates")]
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +35,42 @@ def own_cache(tmp_path, monkeypatch):
     """datasets copies what it reads: not into the cache of whoever runs the tests."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """As if HF_HUB_OFFLINE were not set."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+def folder(task):
+    return str(DATA / {"imdb_seq2seq": "imdb"}.get(task, task))
+
+
+def load(task, split, **kwargs):
+    return load_task(task, split, data=folder(task), **kwargs)
+
+
+def rows_of(task, file):
+    return [json.loads(line) for line in (DATA / task / file).read_text(encoding="utf-8").splitlines()]
+
+
+def write_jsonl(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def message(call, *args, **kwargs):
+    """The one line of the UsageError that the call must end in."""
+    with pytest.raises(UsageError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Synthetic tasks
 
 
 def rising_prefix(text):
@@ -38,6 +88,575 @@ def test_numbers():
     assert load_task("numbers", "val", n_samples=7) == load_task("numbers", "val")[:7]
     assert {sample.prompt for sample in samples} == {"Count upwards:"}
     texts = [sample.references[0] for sample in samples]
+    assert texts[0] == "69 74 81 87 93 96 103 16 17 10 11 10 13 14 17"
     assert 0.3 < sum(map(rising_prefix, texts)) / len(texts) < 0.4
     assert all(12 <= len(text.split()) <= 18 for text in texts)
     assert all(0 <= int(word) <= 300 for text in texts for word in text.split())
+
+
+def test_dates():
+    samples = load_task("dates", "train")
+    assert len(samples) == 2000 and len(load_task("dates", "val")) == len(load_task("dates", "test")) == 100
+    assert load_task("dates", "train") == samples != load_task("dates", "train", seed=1)
+    assert {sample.prompt for sample in samples} == {"Write a date:"}
+    dated = sum(any(word[:4].isdigit() for word in sample.references[0].split()) for sample in samples)
+    assert 0.2 < dated / 2000 < 0.3
+    assert len({sample.references[0] for sample in samples}) > 700
+
+
+# The prompts, references and meta of every task
+
+
+def test_imdb():
+    texts = [row["text"] for row in rows_of("imdb", "train.jsonl")]
+    shuffled = datasets.Dataset.from_dict({"text": texts}).shuffle(seed=42)["text"]
+    train, val, test = (load("imdb", split) for split in datapools.SPLITS)
+    assert [len(train), len(val), len(test)] == [32, 8, 10]
+    assert [sample.references for sample in train + val] == [[text] for text in shuffled]
+    assert train[0] == Sample(
+        id="train_0",
+        prompt="Nobody's Umbrella is a warm and funny film that I would gladly see again.<br /><br />The cast plays",
+        references=[
+            "Nobody's Umbrella is a warm and funny film that I would gladly see again.<br /><br />The cast plays "
+            "together as if they had known each other for years, and the last scene stayed with me all week."
+        ],
+        meta={},
+    )
+    assert test[0].prompt == "I did not expect much from Salt Road and walked out smiling. The story"
+    assert datapools.halves("one two  three") == ("one two", " three")
+    assert datapools.halves("one two three") == ("one", "two three")
+
+
+def test_imdb_test_split_has_5000_reviews(tmp_path):
+    reviews = [{"text": f"review number {i}", "label": i % 2} for i in range(5003)]
+    write_jsonl(tmp_path / "test.jsonl", reviews)
+    samples = load_task("imdb", "test", data=str(tmp_path))
+    shuffled = datasets.Dataset.from_list(reviews).shuffle(seed=42)["text"][:5000]
+    assert [sample.references[0] for sample in samples] == shuffled
+
+
+def test_imdb_seq2seq():
+    train, val = load("imdb_seq2seq", "train"), load("imdb_seq2seq", "val")
+    labels = {row["text"]: row["label"] for row in rows_of("imdb", "train.jsonl")}
+    every = load("imdb", "train")
+    assert [sample.id for sample in train] == [sample.id for sample in every if labels[sample.references[0]] == 1]
+    assert {labels[sample.meta["reference"]] for sample in val} == {0, 1}
+    assert train[0].prompt == every[0].prompt
+    assert train[0].references == [
+        "together as if they had known each other for years, and the last scene stayed with me all week."
+    ]
+    assert all(f"{sample.prompt} {sample.references[0]}" == sample.meta["reference"] for sample in train + val)
+    assert load("imdb_seq2seq", "train", positive_ratio=0.5) == train[: len(train) // 2]
+    assert load("imdb_seq2seq", "val", positive_ratio=0.5) == val
+
+
+def test_commongen():
+    train, val, test = (load("commongen", split) for split in datapools.SPLITS)
+    assert len(train) == len(rows_of("commongen", "train.jsonl")) and len(val) == len(test) == 8
+    assert [sample.references for sample in train[:2]] == [
+        ["Two girls row a boat across the lake."],
+        ["An old man rows his boat on the lake every morning."],
+    ]
+    assert val[2] == Sample(
+        id="val_2",
+        prompt="generate a sentence with: cook soup kitchen.",
+        references=[
+            "The cook makes soup in the kitchen.",
+            "There is soup on the stove and the cook is in the kitchen.",
+            "In the kitchen a cook tastes the soup.",
+        ],
+        meta={"concepts": ["cook", "soup", "kitchen"]},
+    )
+    assert all(sample.references == ["empty reference"] for sample in test)
+    assert load("commongen", "val", prefix="say: ")[0].prompt == "say: kite wind fly."
+
+
+def test_commongen_groups_rows_that_lie_apart(tmp_path):
+    rows = [{"concept_set_idx": i, "concepts": ["cat", "sit"], "target": f"text {n}"} for n, i in enumerate((3, 1, 3))]
+    write_jsonl(tmp_path / "val.jsonl", rows)
+    samples = load_task("commongen", "val", data=str(tmp_path))
+    assert [sample.references for sample in samples] == [["text 0", "text 2"], ["text 1"]]
+
+
+def test_cnn_dm():
+    train, val, test = (load("cnn_dm", split) for split in datapools.SPLITS)
+    assert len(train) == len(val) == len(test) == 8
+    assert val[2] == Sample(
+        id="val_2",
+        prompt="Summarize: A goat that had lived for a week on the roof of the school in Old Harrow was brought down "
+        "on Friday. Firemen used a ladder and a bag of apples. Nobody knows how the animal got up there. The pupils "
+        "have asked to keep it, and the head teacher is thinking about it.",
+        references=["Goat brought down from school roof in Old Harrow.\nPupils want to keep it."],
+        meta={},
+    )
+    short = load("cnn_dm", "val", truncate_article=4, prefix="TL: ", max_size=3)
+    assert [sample.prompt for sample in short] == [
+        "TL: The town of Castle",
+        "TL: Ferries from Gull Point",
+        "TL: A goat that had",
+    ]
+
+
+def test_xsum():
+    samples = load("xsum", "test")
+    assert len(samples) == 8
+    assert samples[1] == Sample(
+        id="test_1",
+        prompt="Ferries from Halmere will run only twice a day from Monday.\nThe company says that one of its two "
+        "boats needs a new engine.\nPeople who work on the other shore fear that they will lose an hour each morning.\n"
+        "The repair is to take three weeks.TL;DR:",
+        references=["Ferry traffic from Halmere is to be halved for three weeks because of an engine repair."],
+        meta={},
+    )
+
+
+@pytest.mark.parametrize("case", [json.loads(line) for line in open(DATA / "totto_prompts.jsonl", encoding="utf-8")])
+def test_totto_prompts_are_the_originals(case, tmp_path):
+    table = [
+        [{"value": value, "column_span": span, "is_header": bool(header), "row_span": 1} for value, span, header in row]
+        for row in case["table"]
+    ]
+    row = rows_of("totto", "validation.jsonl")[0] | {
+        "table": table,
+        "table_page_title": case["page_title"],
+        "table_section_title": case["section_title"],
+        "highlighted_cells": case["highlighted_cells"],
+    }
+    write_jsonl(tmp_path / "val.jsonl", [row])
+    for representation in ("subtable", "fulltable"):
+        samples = load_task("totto", "val", data=str(tmp_path), representation=representation)
+        assert samples[0].prompt == case[representation]
+
+
+def test_totto():
+    train, val, test = (load("totto", split) for split in datapools.SPLITS)
+    assert len(train) == len(val) == len(test) == 8
+    cells = (
+        "<table> <cell> 1992 <col_header> Year </col_header> </cell> "
+        "<cell> Halmere <col_header> Lake </col_header> </cell> "
+        "<cell> 21 <col_header> Time (min) </col_header> </cell> </table>"
+    )
+    titles = "<page_title> Rosa Whitlock (swimmer) </page_title> <section_title> Crossings </section_title> "
+    assert val[1].prompt == cells + titles + cells
+    assert val[1].references == [
+        "In 1992, Rosa Whitlock crossed Halmere in 21 minutes.",
+        "Rosa Whitlock swam across Halmere in 21 minutes in 1992.",
+        "It took Rosa Whitlock 21 minutes to cross Halmere in 1992.",
+    ]
+    row = rows_of("totto", "validation.jsonl")[1]
+    raw = val[1].meta["raw_table"]
+    assert {key for key in row if raw[key] != row[key]} == {"overlap_subset", "sentence_annotations"}
+    assert raw["sentence_annotations"][2] == {
+        "original_sentence": "It took Rosa Whitlock 21 minutes to cross Halmere in 1992, as the club noted.",
+        "sentence_after_deletion": "It took Rosa Whitlock 21 minutes to cross Halmere in 1992.",
+        "sentence_after_ambiguity": "It took Rosa Whitlock 21 minutes to cross Halmere in 1992.",
+        "final_sentence": "It took Rosa Whitlock 21 minutes to cross Halmere in 1992.",
+    }
+    assert [sample.meta["raw_table"]["overlap_subset"] for sample in val] == [i % 3 == 0 for i in range(8)]
+    assert all(
+        sample.references == [""] and len(sample.meta["raw_table"]["sentence_annotations"]) == 1 for sample in test
+    )
+    assert val[3].prompt.count("<page_title>") == 0 and val[3].prompt.count("<section_title>") == 1
+    whole = load("totto", "val", representation="fulltable")[1].prompt
+    assert whole.count("<row>") == 6 and whole.count("<highlighted_cell>") == 6
+
+
+def test_narrative_qa():
+    story = (
+        "mara keeps a lighthouse with her uncle. one night the lamp fails and mara rows out with a lantern to warn the "
+        "mail boat. the captain gives her a brass compass. "
+    )
+    train, val, test = (load("narrative_qa", split) for split in datapools.SPLITS)
+    assert len(train) == len(val) == len(test) == 10
+    assert train[0] == Sample("train_0", f"what does mara keep? \\n {story}", ["a lighthouse", "a lighthouse"], {})
+    assert train[1].references == ["a lantern", '"her" lantern']  # quotation marks are text
+    assert train[2].references == ["none", "a brass compass"]  # and so is "None"
+    assert len(train[3].prompt.split(" \\n ")) == 2
+
+
+def test_narrative_qa_groups_rows_that_lie_apart(tmp_path):
+    (tmp_path / "dev.tsv").write_text('A? \\n s \t 007 \nB? \\n s \t"x \na? \\n s \t NA \n', encoding="utf-8")
+    samples = load_task("narrative_qa", "val", data=str(tmp_path))
+    assert [(sample.prompt, sample.references) for sample in samples] == [
+        ("a? \\n s ", ["007", "na"]),
+        ("b? \\n s ", ['"x']),
+    ]
+
+
+@pytest.mark.parametrize(
+    "task, city", [("wmt16", "Bremen"), ("wmt14_en_de", "Jena"), ("wmt16_news", "Essen"), ("iwslt2017", "Lindau")]
+)
+def test_translations(task, city):
+    train, val, test = (load(task, split) for split in datapools.SPLITS)
+    assert len(train) == len(val) == len(test) == 8
+    assert test[0] == Sample(
+        id="test_0",
+        prompt=f"translate English to German: The train to {city} is late again.",
+        references=[f"Der Zug nach {city} hat wieder Verspätung."],
+        meta={},
+    )
+    assert load(task, "train", max_size=3) == train[:3]
+
+
+def test_wmt16_other_directions(tmp_path):
+    sample = load("wmt16", "test", source_language="de", target_language="en")[1]
+    assert sample.prompt == "translate German to English: Wir haben in Ulm Brot und Käse gekauft."
+    assert sample.references == ["We bought bread and cheese in Ulm."]
+    write_jsonl(tmp_path / "test.jsonl", [{"translation": {"en": "Good day.", "ro": "Bună ziua."}}])
+    sample = load_task("wmt16", "test", data=str(tmp_path), target_language="ro")[0]
+    assert (sample.prompt, sample.references) == ("translate English to Romanian: Good day.", ["Bună ziua."])
+    assert "'fr'" in message(load, "wmt16", "test", target_language="fr")
+    assert "'en' to 'en'" in message(load, "wmt16", "test", target_language="en")
+
+
+def test_crd3():
+    train, val, test = (load("crd3", split) for split in datapools.SPLITS)
+    assert len(train) == 20 and len(val) == len(test) == 10
+    assert train[0] == Sample(
+        id="train_ep_0_turn_2",
+        prompt="MARTA: Good evening, everyone, and welcome back to the table.\nTOM: Hello!\nMARTA: ",
+        references=["Last time you stood in front of the mill, and the door was open."],
+        meta={},
+    )
+    assert train[15] == Sample(
+        id="train_ep_1_turn_7",
+        prompt="MARTA: Last time you stood in front of the mill, and the door was open.\nLENA: I look inside.\n"
+        "MARTA: Roll for perception.\nLENA: 12.\n"
+        "MARTA: You see a lantern, a sack of flour and a pair of very small boots.\nTOM: ",
+        references=["Boots!"],
+        meta={},
+    )
+    assert load("crd3", "val", max_context=1)[4].prompt == "LENA: 13.\nMARTA: "
+
+
+def test_crd3_from_its_archive():
+    archive = Path(datasets.config.HF_DATASETS_CACHE) / "crd3" / f"{datapools.CRD3_COMMIT}.zip"
+    archive.parent.mkdir(parents=True)
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in (DATA / "crd3").rglob("*_files"), (DATA / "crd3").rglob("*.json"):
+            for member in path:
+                file.write(member, f"CRD3-{datapools.CRD3_COMMIT}/data/{member.relative_to(DATA / 'crd3')}")
+    for split in datapools.SPLITS:
+        assert load_task("crd3", split) == load("crd3", split)
+
+
+def test_daily_dialog():
+    for split, name in (("train", "train"), ("val", "validation"), ("test", "test")):
+        lengths = [len(row["dialog"]) for row in rows_of("daily_dialog", f"{name}.jsonl")]
+        assert len(load("daily_dialog", split)) == sum(max(0, length - 5) for length in lengths) == 20
+    samples = load("daily_dialog", "val")
+    assert samples[1] == Sample(
+        id="val_6",
+        prompt=" Yes , by the window or near the oven ? <EOU> The window , please . <EOU> Here is the menu . The soup "
+        "today is tomato . <EOU> Then I will take the soup and some oven . <EOU> Very well . Anything to drink ?  "
+        "<EOU>",
+        references=[" Just water , thank you . <EOU>"],
+        meta={"emotion": 0, "intent": 3},
+    )
+    assert (samples[3].id, samples[3].meta) == ("val_13", {"emotion": 0, "intent": 4})
+    pair = load("daily_dialog", "val", context_size=1)[0]
+    assert (pair.prompt, pair.id) == ("Good morning , do you have a table for two ?  <EOU>", "val_1")
+
+
+def test_one_file_is_split_8_1_1(tmp_path):
+    rows = [{"prompt": f"p{i}", "references": f"r{i}", "id": i, "mood": [i]} for i in range(20)]
+    file = str(write_jsonl(tmp_path / "own.jsonl", rows))
+    train, val, test = (load_task(file, split) for split in datapools.SPLITS)
+    assert [sample.id for sample in val] == ["8", "18"] and [sample.id for sample in test] == ["9", "19"]
+    assert [sample.id for sample in train] == [str(i) for i in range(20) if i % 10 < 8]
+    assert train[1] == Sample("1", "p1", ["r1"], {"mood": [1]})
+    assert (get_task(file).prompt_length, get_task(file).response_length) == (512, 100)
+
+
+def test_own_folder(tmp_path):
+    write_jsonl(
+        tmp_path / "train.jsonl", [{"prompt": "p", "references": ["a", "b"], "line": 3}, {"prompt": "2011-05-03"}]
+    )
+    with gzip.open(tmp_path / "validation.jsonl.gz", "wt") as file:
+        file.write('{"prompt": "größer"}\n\n')
+    assert load_task(str(tmp_path), "train") == [
+        Sample("train_0", "p", ["a", "b"], {"line": 3}),
+        Sample("train_1", "2011-05-03", [], {}),
+    ]
+    assert load_task(str(tmp_path), "val") == [Sample("val_0", "größer", [], {})]
+    assert "the split 'test' is missing" in message(load_task, str(tmp_path), "test")
+
+
+# What is asked of the hub
+
+
+@pytest.mark.parametrize(
+    "task, split, asked",
+    [
+        ("imdb", "val", {"path": "stanfordnlp/imdb", "split": "train"}),
+        ("imdb_seq2seq", "test", {"path": "stanfordnlp/imdb", "split": "test"}),
+        ("commongen", "val", {"path": "allenai/common_gen", "split": "validation"}),
+        ("cnn_dm", "val", {"path": "abisee/cnn_dailymail", "name": "3.0.0", "split": "validation"}),
+        ("xsum", "test", {"path": "EdinburghNLP/xsum", "revision": "refs/convert/parquet", "data_dir": "default"}),
+        ("totto", "test", {"path": "google-research-datasets/totto", "revision": "refs/convert/parquet"}),
+        ("wmt16", "train", {"path": "wmt/wmt16", "name": "de-en"}),
+        ("wmt14_en_de", "val", {"path": "stas/wmt14-en-de-pre-processed", "data_dir": "ende"}),
+        ("wmt16_news", "train", {"path": "Helsinki-NLP/news_commentary", "name": "de-en", "split": "train"}),
+        ("wmt16_news", "test", {"path": "wmt/wmt16", "name": "de-en", "split": "test"}),
+        ("iwslt2017", "val", {"path": "IWSLT/iwslt2017", "data_dir": "iwslt2017-de-en", "split": "validation"}),
+        ("daily_dialog", "val", {"path": "li2017dailydialog/daily_dialog", "revision": "refs/convert/parquet"}),
+    ],
+)
+def test_the_hub_is_asked_for(task, split, asked, monkeypatch, online):
+    """The arguments of load_dataset; its answer has the hub's feature types where they are not those of JSON."""
+    expected = load(task, split)
+    load_dataset = datasets.load_dataset
+    calls = []
+
+    def hub(**kwargs):
+        calls.append(kwargs)
+        rows = load_dataset(**local)
+        features = rows.features.copy()
+        if "translation" in features:
+            features["translation"] = datasets.Translation(["de", "en"])
+        if "label" in features:
+            features["label"] = datasets.ClassLabel(names=["neg", "pos"])
+        if "act" in features:
+            features["act"] = datasets.List(datasets.ClassLabel(names=["none", "a", "b", "c", "d"]))
+        if "concept_set_idx" in features:
+            features["concept_set_idx"] = datasets.Value("int32")
+        return rows.cast(features).with_format(None)
+
+    of_hub = "train" if task.startswith("imdb") and split == "val" else split
+    local = datapools.hub_or_folder(of_hub, folder(task))
+    monkeypatch.setattr(datapools, "answers", lambda url: True)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    assert load_task(task, split) == expected
+    assert asked.items() <= calls[0].items()
+
+
+# Errors
+
+
+@pytest.mark.parametrize("task", HUB_TASKS)
+def test_offline_fails_at_once_and_names_the_way_out(task):
+    start = time.monotonic()
+    text = message(load_task, task, "val")
+    assert time.monotonic() - start < 3
+    assert "--data FOLDER" in text and text.startswith(f"{task}: ")
+
+
+def test_a_hub_that_never_answers_is_given_up_within_ten_seconds(online, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        text = message(load_task, "cnn_dm", "val")
+    assert time.monotonic() - start < 10
+    assert "abisee/cnn_dailymail" in text and "--data FOLDER" in text
+
+
+@pytest.fixture
+def server():
+    """A web server with /whole, /short (breaks off) and nothing else; HEAD is answered for all."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def do_GET(self):
+            if self.path not in ("/whole", "/short"):
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", "9" if self.path == "/whole" else "99")
+            self.end_headers()
+            self.wfile.write(b"some text")
+
+        def log_message(self, *args):
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_address[1]}"
+    running.shutdown()
+    running.server_close()
+
+
+def test_download(server, online, monkeypatch):
+    checksum = hashlib.sha256(b"some text").hexdigest()
+    wrong = message(datapools.download, "crd3", f"{server}/whole", "0" * 64)
+    assert "checksum" in wrong and "--data FOLDER" in wrong
+    assert "broke off after 9 of 99 bytes" in message(datapools.download, "crd3", f"{server}/short")
+    assert "404" in message(datapools.download, "crd3", f"{server}/nothing")
+    left = [path.name for path in Path(datasets.config.HF_DATASETS_CACHE, "crd3").iterdir()]
+    assert all(name.endswith(".lock") for name in left)
+    path = datapools.download("crd3", f"{server}/whole", checksum)
+    assert path.read_bytes() == b"some text"
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert datapools.download("crd3", f"{server}/whole", checksum) == path  # the second time without a server
+
+
+COLUMNS = {
+    "imdb": ("text", "label"),
+    "commongen": ("concept_set_idx", "concepts", "target"),
+    "cnn_dm": ("article", "highlights"),
+    "xsum": ("document", "summary"),
+    "totto": ("table", "highlighted_cells", "table_page_title", "overlap_subset", "sentence_annotations"),
+    "wmt16": ("translation",),
+    "daily_dialog": ("dialog", "act", "emotion"),
+}
+
+
+@pytest.mark.parametrize("task, column", [(task, column) for task, columns in COLUMNS.items() for column in columns])
+def test_missing_columns_are_named(task, column, tmp_path):
+    rows = [
+        {("other" if key == column else key): value for key, value in row.items()}
+        for row in rows_of(task, "train.jsonl")
+    ]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    text = message(load_task, task, "train", data=str(tmp_path))
+    assert f"no column '{column}" in text and "it has: " in text and "other" in text
+
+
+def test_bad_columns_are_named(tmp_path):
+    def cnn_dm(*rows):
+        write_jsonl(tmp_path / "train.jsonl", rows)
+        return message(load_task, "cnn_dm", "train", data=str(tmp_path))
+
+    assert "did you mean 'highlight'?" in cnn_dm({"article": "a", "highlight": "b"})
+    row = {"article": "a", "highlights": "b"}
+    assert "'article' is missing in row 2" in cnn_dm(row, {"highlights": "b"}, row)
+    assert "'highlights' must be of type string, and is int64" in cnn_dm({"article": "a", "highlights": 3})
+    write_jsonl(tmp_path / "train.jsonl", [{"translation": {"en": "a", "fr": "b"}}])
+    assert "no column 'translation.de'" in message(load_task, "iwslt2017", "train", data=str(tmp_path))
+    write_jsonl(tmp_path / "train.jsonl", [{"dialog": ["a"] * 7, "act": [1] * 7, "emotion": [0] * 6}])
+    assert "row 1 of train" in message(load_task, "daily_dialog", "train", data=str(tmp_path))
+    (tmp_path / "train.jsonl").write_text('{"article": "a", "highlights"')
+    assert "cannot be loaded" in message(load_task, "cnn_dm", "train", data=str(tmp_path))
+    (tmp_path / "train.tsv").write_text("question \\n context\n", encoding="utf-8")
+    assert "train.tsv has no answers" in message(load_task, "narrative_qa", "train", data=str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "\n"])
+def test_empty_splits_are_named(content, tmp_path):
+    for file in ("validation.jsonl", "val.tsv"):
+        (tmp_path / file).write_text(content)
+    with gzip.open(tmp_path / "test.jsonl.gz", "wt") as file:
+        file.write(content)
+    for task, split in (("cnn_dm", "val"), ("cnn_dm", "test"), ("narrative_qa", "val"), (str(tmp_path), "val")):
+        data = None if task == str(tmp_path) else str(tmp_path)
+        assert f"the split '{split}' is empty" in message(load_task, task, split, data)
+
+
+def test_missing_splits_are_named(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"article": "a", "highlights": "b"}])
+    text = message(load_task, "cnn_dm", "val", data=str(tmp_path))
+    assert "'val' is missing" in text and "validation.jsonl" in text and "there is: train.jsonl" in text
+    assert "not a folder" in message(load_task, "cnn_dm", "val", data=str(tmp_path / "nowhere"))
+    assert "train_files" in message(load_task, "crd3", "train", data=str(tmp_path))
+    (tmp_path / "aligned data").mkdir()
+    (tmp_path / "aligned data" / "train_files").write_text("C1E009")
+    assert "C1E009.json" in message(load_task, "crd3", "train", data=str(tmp_path))
+    (tmp_path / "cleaned data").mkdir()
+    (tmp_path / "cleaned data" / "C1E009.json").write_text('{"TURNS": [{"NAMES": ["A"]}]}')
+    assert "UTTERANCES" in message(load_task, "crd3", "train", data=str(tmp_path))
+
+
+def test_unknown_names():
+    assert "did you mean 'cnn_dm'?" in message(get_task, "cnn_dn")
+    assert "known: train, val, test" in message(load_task, "numbers", "validation")
+    text = message(load_task, "numbers", "val", n_sample=3)
+    assert "did you mean 'n_samples'?" in text and "n_samples, seed" in text
+    assert "its options are: none" in message(load, "imdb", "val", n_samples=3)
+
+
+@pytest.mark.parametrize(
+    "task, options",
+    [
+        ("numbers", {"n_samples": 0}),
+        ("numbers", {"n_samples": "50"}),
+        ("imdb_seq2seq", {"positive_ratio": 0.0}),
+        ("imdb_seq2seq", {"positive_ratio": 2}),
+        ("commongen", {"prefix": 3}),
+        ("cnn_dm", {"truncate_article": 0}),
+        ("cnn_dm", {"max_size": -1}),
+        ("xsum", {"max_size": 1.5}),
+        ("totto", {"representation": "table"}),
+        ("crd3", {"max_context": 0}),
+        ("daily_dialog", {"context_size": 0}),
+    ],
+)
+def test_bad_options_are_named(task, options):
+    name, value = next(iter(options.items()))
+    text = message(load_task, task, "val", data=None if task == "numbers" else folder(task), **options)
+    assert name in text and str(value) in text
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"prompt": ', "line 2: not JSON"),
+        ('["p"]', "line 2: not a JSON object"),
+        ('{"promt": "p"}', "line 2: no text under 'prompt' (did you mean 'promt'?); its keys: promt"),
+        ('{"prompt": " "}', "line 2: no text under 'prompt'"),
+        ('{"prompt": "p", "references": [1]}', "line 2: 'references' must be"),
+    ],
+)
+def test_bad_jsonl(line, said, tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"prompt": "p"}\n' + line + "\n")
+    assert said in message(load_task, str(tmp_path), "train")
+
+
+def test_bad_jsonl_files(tmp_path):
+    file = write_jsonl(tmp_path / "few.jsonl", [{"prompt": "p"}] * 9)
+    assert "9 rows are too few" in message(load_task, str(file), "val")
+    file.write_bytes(b'{"prompt": "\xff"}\n')
+    assert "cannot be read" in message(load_task, str(file), "val")
+    assert "names the data already" in message(load_task, str(file), "val", data=str(tmp_path))
+    assert "synthetic" in message(load_task, "dates", "val", data=str(tmp_path))
+
+
+# The table
+
+
+def test_rewards_and_metrics_exist():
+    rewards = pytest.importorskip("rewards")
+    for name, task in TASKS.items():
+        assert set(task.reward) <= set(rewards.REWARDS) and set(task.metrics) <= set(rewards.METRICS), name
+        assert len(task.reward) == len(task.reward_weights)
+        assert task.reward_kwargs.keys() <= set(task.reward) and task.metric_kwargs.keys() <= set(task.metrics)
+        samples = load_task(name, "val", data=None if name in ("numbers", "dates") else folder(name))
+        for reward in task.reward:
+            rewards.check_reward(reward, samples)
+        for metric in task.metrics:
+            rewards.check_metric(metric, samples)
+
+
+@pytest.mark.parametrize(
+    "task, prompt, response, least, side, reward",
+    [
+        ("numbers", 5, 20, 0, "left", ("increasing_numbers",)),
+        ("dates", 5, 30, 0, "left", ("dates",)),
+        ("imdb", 64, 48, 48, "left", ("sentiment",)),
+        ("commongen", 20, 20, 5, "right", ("meteor", "repeat_penalty")),
+        ("cnn_dm", 512, 100, 50, "right", ("rouge1",)),
+        ("totto", 512, 50, 10, "left", ("meteor",)),
+        ("narrative_qa", 512, 50, 0, "right", ("rouge_l_max",)),
+        ("iwslt2017", 128, 128, 0, "right", ("ter",)),
+        ("wmt16", 128, 128, 0, "right", ("ter",)),
+        ("daily_dialog", 128, 20, 2, "left", ("intent",)),
+    ],
+)
+def test_settings_of_the_paper(task, prompt, response, least, side, reward):
+    task = TASKS[task]
+    assert (task.prompt_length, task.response_length, task.min_response_length) == (prompt, response, least)
+    assert (task.truncation_side, task.reward) == (side, reward)
+    assert task.generation.get("min_length", 0) == least
+    assert ("num_beams" in task.generation) != ("do_sample" in task.generation)
+
+
+def test_docs_say_what_the_table_says():
+    text = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for name, task in TASKS.items():
+        source, settings = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")][:2]
+        least = f" ({task.min_response_length})" if task.min_response_length else ""
+        assert f"| {task.prompt_length} / {task.response_length}{least} | {task.truncation_side} |" in settings
+        assert all(reward in settings for reward in task.reward)
+        assert " ".join(task.metrics) in settings or "as wmt16" in settings
+        assert all(option in settings for option in datapools.task_options(task.load))
