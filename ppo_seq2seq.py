@@ -507,7 +507,7 @@ CURVES = [
 def train_tokenizer(texts, vocab_size, ends_with_eos):
     """A byte-level BPE (as GPT-2's) of `texts`; the same texts give the same tokenizer."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "</s>"]
     trainer = trainers.BpeTrainer(
@@ -588,27 +588,39 @@ def load_model(args, texts):
     else:
         policy = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.pad_token_id is None:  # GPT-2 has none; any token will do, since masks come from lengths
+        tokenizer.pad_token = tokenizer.eos_token
     return policy.eval(), tokenizer
 
 
-def start_decoding(policy, queries, query_mask):
-    """Runs the encoder once; decode_step does the rest."""
+def start_decoding(policy, queries, query_mask, length):
+    """Runs the encoder. Returns what decode_step needs, and its first input: the decoder's start token (B, 1)."""
     encoder_outputs = policy.get_encoder()(input_ids=queries, attention_mask=query_mask)
     cache = EncoderDecoderCache(DynamicCache(config=policy.config), DynamicCache(config=policy.config))
-    start = torch.full((len(queries),), policy.config.decoder_start_token_id, device=queries.device)
+    start = queries.new_full((len(queries), 1), policy.config.decoder_start_token_id)
     return dict(encoder_outputs=encoder_outputs, attention_mask=query_mask, past_key_values=cache), start
 
 
-def decode_step(policy, state, tokens, t):
-    """Logits (B, V) of response token t, given the token before it (B,); one position through the decoder."""
-    return policy(decoder_input_ids=tokens.unsqueeze(1), use_cache=True, **state).logits[:, -1]
+def decode_step(policy, state, inputs):
+    """Logits (B, V) of the next response token; inputs (B, n) are the tokens that the cache has not seen."""
+    return policy(decoder_input_ids=inputs, use_cache=True, **state).logits[:, -1]
+
+
+def decoder_inputs(responses, config):
+    """What the decoder reads (B, T) to give the responses (B, T): its start token, then all but the last token."""
+    return torch.cat([responses.new_full((len(responses), 1), config.decoder_start_token_id), responses[:, :-1]], 1)
 
 
 def response_logits(policy, queries, query_mask, responses):
     """Logits (B, T, V) of all response tokens in one teacher-forced pass."""
-    start = responses.new_full((len(responses), 1), policy.config.decoder_start_token_id)
-    decoder_input_ids = torch.cat([start, responses[:, :-1]], 1)  # (B, T); what follows an EOS is never looked at
-    return policy(input_ids=queries, attention_mask=query_mask, decoder_input_ids=decoder_input_ids).logits
+    inputs = dict(input_ids=queries, decoder_input_ids=decoder_inputs(responses, policy.config))
+    return policy(**inputs, attention_mask=query_mask, use_cache=False).logits
+
+
+def response_hidden(backbone, queries, query_mask, responses):
+    """Last hidden states (B, T, D) of the states that the response tokens are sampled in."""
+    inputs = dict(input_ids=queries, decoder_input_ids=decoder_inputs(responses, backbone.config))
+    return backbone(**inputs, attention_mask=query_mask, use_cache=False).last_hidden_state
 
 
 def value_backbone(policy):
@@ -617,14 +629,6 @@ def value_backbone(policy):
     missing, _ = backbone.load_state_dict(policy.base_model.state_dict(), strict=False)
     assert not missing, f"weights that the policy lacks: {missing}"
     return backbone
-
-
-def response_hidden(backbone, queries, query_mask, responses):
-    """Last hidden states (B, T, D) of the states that the response tokens are sampled in."""
-    start = responses.new_full((len(responses), 1), backbone.config.decoder_start_token_id)
-    decoder_input_ids = torch.cat([start, responses[:, :-1]], 1)
-    outputs = backbone(input_ids=queries, attention_mask=query_mask, decoder_input_ids=decoder_input_ids)
-    return outputs.last_hidden_state
 
 
 class ValueModel(nn.Module):
@@ -695,6 +699,12 @@ def fingerprint(model):
     return [sum(w.sum().item() for w in weights), sum(w.square().sum().item() for w in weights)]
 
 
+def keep_top_k(logits, k):
+    """Logits (B, V) with all but the k greatest of each row at -inf."""
+    least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+    return logits.masked_fill(logits < least, -math.inf)
+
+
 @torch.inference_mode()
 def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad_id):
     """Samples with a KV cache, one forward pass per token, until every row has ended.
@@ -703,45 +713,41 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad
     probability that top-k leaves (1 without it).
     """
     uniform = uniform.to(queries.device)
-    eos_id = behaviour["eos_id"]
-    state, tokens = start_decoding(policy, queries, query_mask)
+    state, inputs = start_decoding(policy, queries, query_mask, uniform.shape[1])
     finished = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
     responses, kept_mass = [], []
-    # asking whether all rows have ended waits for a GPU: there, ask now and then
-    check_every = 16 if queries.is_cuda else 1
+    # asking a GPU whether all rows have ended waits for it: there, ask now and then
+    ask_every = 16 if queries.is_cuda else 1
     for t in range(uniform.shape[1]):
-        logits = behaviour_logits(decode_step(policy, state, tokens, t).unsqueeze(1), t, **behaviour).squeeze(
-            1
-        )  # (B, V)
-        if top_k:
-            kept = logits.topk(min(top_k, logits.shape[-1])).values  # (B, k)
-            kept_mass.append((kept.logsumexp(-1) - logits.logsumexp(-1)).exp())
-            logits = logits.masked_fill(logits < kept[:, -1:], -math.inf)
-        tokens = draw(logits, uniform[:, t]).masked_fill(finished, pad_id)
+        logits = decode_step(policy, state, inputs).unsqueeze(1)  # (B, 1, V)
+        logits = behaviour_logits(logits, t, **behaviour).squeeze(1)
+        restricted = keep_top_k(logits, top_k) if top_k else logits
+        tokens = draw(restricted, uniform[:, t]).masked_fill(finished, pad_id)  # (B,)
         responses.append(tokens)
-        finished = finished | (tokens == eos_id)
-        if (t + 1) % check_every == 0 and finished.all():
+        kept_mass.append((restricted.logsumexp(-1) - logits.logsumexp(-1)).exp())
+        inputs = tokens.unsqueeze(1)
+        finished = finished | (tokens == behaviour["eos_id"])
+        if (t + 1) % ask_every == 0 and finished.all():
             break
-    responses = torch.stack(responses, 1)
-    return responses, torch.stack(kept_mass, 1) if top_k else torch.ones_like(responses, dtype=torch.float32)
+    return torch.stack(responses, 1), torch.stack(kept_mass, 1)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
 @torch.inference_mode()
-def beam_search(policy, queries, query_mask, generation, response_length, eos_id, pad_id):
-    """The best of num_beams responses, (B, <=T) padded behind EOS; transformers' own search."""
-    beams = dict(num_beams=generation.get("num_beams", 1), length_penalty=generation.get("length_penalty", 1.0))
+def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, pad_id):
+    """The best of num_beams responses, (B, <=T) padded behind EOS; the search is transformers' own."""
     output = policy.generate(
         input_ids=queries,
         attention_mask=query_mask.long(),
         do_sample=False,
-        min_new_tokens=generation.get("min_length", 0),
+        num_beams=decoding.get("num_beams", 1),
+        length_penalty=decoding.get("length_penalty", 1.0),
+        min_new_tokens=decoding.get("min_length", 0),
         max_new_tokens=response_length,
         eos_token_id=eos_id,
         pad_token_id=pad_id,
-        **beams,
     )
     return output[:, 1:]  # without the decoder's start token
 
