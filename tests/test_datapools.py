@@ -450,6 +450,14 @@ def test_a_hub_that_never_answers_is_given_up_within_ten_seconds(online, monkeyp
     assert "abisee/cnn_dailymail" in text and "--data FOLDER" in text
 
 
+def test_a_name_that_takes_long_to_resolve_is_given_up_as_well(monkeypatch):
+    monkeypatch.setattr(datapools, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(datapools.urllib.request, "urlopen", lambda *args, **kwargs: time.sleep(2))
+    start = time.monotonic()
+    assert not datapools.answers("http://slow.example")
+    assert time.monotonic() - start < 1
+
+
 @pytest.fixture
 def server():
     """A web server with /whole, /short (breaks off) and nothing else; HEAD is answered for all."""
