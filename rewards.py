@@ -923,10 +923,24 @@ def max_tokens(tokenizer, config) -> int:
     return min(tokenizer.model_max_length, positions - offset, 1 << 20)
 
 
+def beginnings(tokenizer, texts: list[str], tokens: int) -> list[str]:
+    """The texts, cut after so many tokens."""
+    encoded = tokenizer(
+        texts, add_special_tokens=False, truncation=True, max_length=tokens, return_offsets_mapping=True
+    )
+    return [
+        text[: max((end for _, end in offsets), default=0)]
+        for text, offsets in zip(texts, encoded.offset_mapping, strict=True)
+    ]
+
+
 @torch.no_grad()
 def classify(model, tokenizer, length: int, batch_size: int, texts, pairs=None) -> torch.Tensor:
     """(N, C) fp32 logits of the texts, or of the pairs (texts[i], pairs[i]), truncated to the length."""
     accepted = inspect.signature(model.forward).parameters
+    if pairs is not None:
+        # The tokenizers library builds all combinations of what it cuts off two texts: too many if both are long.
+        texts, pairs = (beginnings(tokenizer, column, 2 * length) for column in (texts, pairs))
     rows = []
     for start in range(0, len(texts), batch_size):
         batch = slice(start, start + batch_size)
