@@ -102,10 +102,13 @@ def split_file(data: str, split: str, suffixes: tuple[str, ...] = (".jsonl", ".j
     names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in suffixes]
     for file in (folder / name for name in names):
         if file.is_file():
-            with open_text(file) as lines:
-                if not any(line.strip() for line in lines):
-                    raise UsageError(f"{file}: the split {split!r} is empty")
-            return file
+            try:
+                with open_text(file) as lines:
+                    if any(line.strip() for line in lines):
+                        return file
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"{file} cannot be read ({error})") from None
+            raise UsageError(f"{file}: the split {split!r} is empty")
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
     raise UsageError(f"{data}: the split {split!r} is missing, no {' or '.join(names)}; there is: {there}")
 

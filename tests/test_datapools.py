@@ -7,6 +7,7 @@ downloaded ones. tests/data/totto_prompts.jsonl has tables with the prompts that
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import os
 import socket
@@ -452,7 +453,7 @@ def test_a_hub_that_never_answers_is_given_up_within_ten_seconds(online, monkeyp
 
 def test_a_name_that_takes_long_to_resolve_is_given_up_as_well(monkeypatch):
     monkeypatch.setattr(datapools, "ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr(datapools.urllib.request, "urlopen", lambda *args, **kwargs: time.sleep(2))
+    monkeypatch.setattr(datapools.urllib.request, "urlopen", lambda *args, **kwargs: time.sleep(2) or io.BytesIO())
     start = time.monotonic()
     assert not datapools.answers("http://slow.example")
     assert time.monotonic() - start < 1
@@ -616,6 +617,8 @@ def test_bad_jsonl_files(tmp_path):
     assert "9 rows are too few" in message(load_task, str(file), "val")
     file.write_bytes(b'{"prompt": "\xff"}\n')
     assert "cannot be read" in message(load_task, str(file), "val")
+    (tmp_path / "test.jsonl.gz").write_bytes(b"not gzipped")
+    assert "test.jsonl.gz cannot be read" in message(load_task, "cnn_dm", "test", data=str(tmp_path))
     assert "names the data already" in message(load_task, str(file), "val", data=str(tmp_path))
     assert "synthetic" in message(load_task, "dates", "val", data=str(tmp_path))
 
