@@ -150,7 +150,7 @@ class Args:
     # --- the machine
     seed: int = 1
     """seed of everything: model, prompts, tokens, minibatches"""
-    micro_batch_size: int = 8
+    micro_batch_size: int = 16
     """sequences per forward and backward pass of one process; changes memory and speed, not results"""
     eval_batch_size: int = 32
     """sequences decoded at once by one process in evaluation"""

@@ -1,0 +1,1244 @@
+"""NLPO for encoder-decoder language models (T5, BART, ...), in one file.
+
+A response is an episode: the prompt is the observation, every token an action, the episode ends with EOS. Each
+iteration samples one response to each of `--batch-size` prompts, scores the texts, pays the score at the last token
+and a penalty kl_coef * (log pi - log pi_ref) at every token, estimates advantages with GAE, and takes clipped
+policy-gradient steps on whole sequences; kl_coef adapts so that the KL stays near a target. That is PPO; NLPO samples
+from the policy restricted, at each step, to the likeliest tokens of a masking policy, an older copy of itself that is
+renewed every `--target-update-iterations` iterations. Ratio and entropy are those of the restricted distribution.
+
+    NLPO      RL4LMs, Ramamurthy et al. 2022, https://arxiv.org/abs/2210.01241, algorithm 1
+    PPO       Schulman et al. 2017, https://arxiv.org/abs/1707.06347
+    GAE       Schulman et al. 2016, https://arxiv.org/abs/1506.02438
+    for LMs   Ziegler et al. 2019, https://arxiv.org/abs/1909.08593; RL4LMs, Ramamurthy et al. 2022,
+              https://arxiv.org/abs/2210.01241, whose tasks, rewards, defaults and KL controller these are
+
+On a laptop without a network, and on four GPUs:
+
+    python supervised.py --task numbers --run-dir runs/sft
+    python nlpo_seq2seq.py --task numbers --model runs/sft/model
+
+    torchrun --nproc_per_node 4 nlpo_seq2seq.py --task cnn_dm --reward rouge1 --model t5-base --dtype bfloat16
+
+Unlike RL4LMs: one teacher-forced pass scores a whole response (there, every token is a training row that runs prompt
+and prefix again); the log-probs are those of the distribution that was sampled; episodes are never cut; minibatches
+hold sequences, not tokens; a run is the same whatever the number of processes, and a resumed one goes on to the bit.
+Its masking policy is never renewed and its ratio ignores the mask: `--target-update-iterations 0 --ratio unmasked`.
+"""
+
+import concurrent.futures
+import contextlib
+import copy
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: spinning ones starve a neighbour process
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+import tyro
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from datapools import (
+    UsageError,
+    describe_lengths,
+    encode_prompts,
+    get_task,
+    load_task,
+    pad,
+    parse_kwargs,
+    prompt_order,
+)
+from rewards import check_metric, check_reward, describe_error, make_metric, make_reward, score_texts
+
+# What RL4LMs' configurations say of each task, for the sequence minibatches of this script: batch_size is its tokens
+# per iteration over the response length, and the learning rate is its own times sqrt(tokens per minibatch / 64), since
+# its minibatches are 64 tokens (the rule for Adam of Malladi et al. 2022, https://arxiv.org/abs/2205.10287). `numbers`
+# and `dates` are set for the small scratch model (RL4LMs renews their masking policy every 100 iterations).
+TASK_COLUMNS = (
+    "batch_size", "num_minibatches", "num_iterations", "learning_rate", "kl_coef", "target_kl", "top_mask",
+    "target_update_iterations", "min_tokens_to_keep",
+)  # fmt: skip
+TASK_DEFAULTS = {
+    "numbers":      (64, 4, 100, 5e-4, 0.02, 2.0, 0.9, 10, 10),
+    "dates":        (64, 4, 100, 5e-4, 0.02, 2.0, 0.9, 10, 10),
+    "imdb":         (32, 4, 50, 2.5e-6, 0.1, 0.1, 0.9, 5, 100),
+    "imdb_seq2seq": (32, 4, 50, 2.5e-6, 0.1, 0.1, 0.9, 5, 100),
+    "commongen":    (128, 16, 200, 3e-6, 0.001, 2.0, 0.9, 20, 100),
+    "cnn_dm":       (48, 6, 100, 7e-6, 0.001, 0.2, 0.9, 20, 100),
+    "xsum":         (48, 6, 100, 7e-6, 0.001, 0.2, 0.9, 20, 100),
+    "totto":        (48, 6, 100, 5e-6, 0.001, 2.0, 0.9, 20, 100),
+    "narrative_qa": (48, 6, 100, 5e-6, 0.001, 1.0, 0.9, 20, 100),
+    "wmt16":        (40, 5, 50, 4e-6, 0.001, 0.2, 0.5, 20, 100),
+    "wmt14_en_de":  (40, 5, 50, 4e-6, 0.001, 0.2, 0.5, 20, 100),
+    "wmt16_news":   (40, 5, 50, 4e-6, 0.001, 0.2, 0.5, 20, 100),
+    "iwslt2017":    (40, 5, 50, 4e-6, 0.001, 0.2, 0.5, 20, 100),
+    "crd3":         (64, 8, 50, 2e-6, 0.2, 0.5, 0.9, 20, 100),
+    "daily_dialog": (64, 8, 50, 2e-6, 0.2, 0.5, 0.9, 20, 100),
+}  # fmt: skip
+
+# Least and greatest value of each numeric flag, both allowed, and whether the least itself is not.
+LIMITS = {
+    "num_iterations": (1, math.inf), "batch_size": (1, math.inf), "micro_batch_size": (1, math.inf),
+    "sample_batch_size": (1, math.inf), "eval_batch_size": (1, math.inf), "num_minibatches": (1, math.inf),
+    "update_epochs": (1, math.inf), "learning_rate": (1e-12, 1.0), "gamma": (0.0, 1.0), "gae_lambda": (0.0, 1.0),
+    "clip_coef": (1e-6, math.inf), "clip_vf_coef": (1e-6, math.inf), "ent_coef": (0.0, math.inf),
+    "vf_coef": (0.0, math.inf), "max_grad_norm": (1e-9, math.inf), "kl_coef": (0.0, math.inf),
+    "target_kl": (1e-9, math.inf), "early_stop_kl": (1e-9, math.inf), "temperature": (1e-3, math.inf),
+    "top_mask": (1e-6, math.inf), "target_update_iterations": (0, math.inf), "min_tokens_to_keep": (1, math.inf),
+    "prompt_length": (1, math.inf), "response_length": (1, math.inf),
+    "min_response_length": (0, math.inf), "eval_every": (1, math.inf), "save_every": (1, math.inf),
+    "eval_samples": (0, math.inf), "scratch_vocab_size": (260, math.inf), "scratch_width": (8, math.inf),
+    "scratch_layers": (1, math.inf), "scratch_heads": (1, math.inf), "seed": (0, 2**63 - 1),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    # --- what is learned
+    task: str = "cnn_dm"
+    """a task of datapools.py, or a folder or .jsonl file with `prompt` and `references`; other defaults follow it"""
+    model: str = "t5-base"
+    """the policy to start from: a hub name, a folder of `save_pretrained`, or `scratch` for a small new one"""
+    reward: tuple[str, ...] = ("rouge1",)
+    """one or more rewards of rewards.py, or path/to/file.py:function"""
+    reward_weights: tuple[float, ...] | None = None
+    """a weight for each reward; default: the task's for its own rewards, else 1 each"""
+    reward_kwargs: dict[str, str] = field(default_factory=dict)
+    """options of the rewards as KEY VALUE ..., JSON values; NAME.KEY addresses one of several rewards"""
+    metrics: tuple[str, ...] = ("rouge",)
+    """metrics of rewards.py for evaluation, evaluate:NAME, or path/to/file.py:function"""
+    metric_kwargs: dict[str, str] = field(default_factory=dict)
+    """options of the metrics as KEY VALUE ..., JSON values; NAME.KEY addresses one of several metrics"""
+    data: str | None = None
+    """a folder with {train,validation,test}.jsonl in the columns of the task's hub dataset, read instead of the hub"""
+    task_kwargs: dict[str, str] = field(default_factory=dict)
+    """options of the task's loader as KEY VALUE ..., JSON values"""
+    prompt_length: int = 512
+    """prompt tokens at most; longer prompts are truncated on the task's side"""
+    response_length: int = 100
+    """response tokens at most"""
+    min_response_length: int = 0
+    """EOS cannot be sampled before this many tokens"""
+
+    # --- PPO
+    num_iterations: int = 100
+    """iterations of sampling and updating"""
+    batch_size: int = 64
+    """sequences per iteration over all processes"""
+    num_minibatches: int = 8
+    """optimizer steps per epoch; batch_size / num_minibatches sequences each, over all processes"""
+    update_epochs: int = 5
+    """passes over each batch (RL4LMs: 5)"""
+    learning_rate: float = 2e-6
+    """AdamW's learning rate"""
+    anneal_lr: bool = False
+    """let the learning rate fall linearly to 0 over the run (RL4LMs: constant)"""
+    gamma: float = 0.99
+    """discount per token (RL4LMs: 0.99)"""
+    gae_lambda: float = 0.95
+    """lambda of generalized advantage estimation (RL4LMs: 0.95)"""
+    norm_adv: bool = True
+    """whiten the advantages over each minibatch"""
+    clip_coef: float = 0.2
+    """the ratio is clipped to 1 +- this (RL4LMs: 0.2)"""
+    clip_vf_coef: float | None = None
+    """clip the change of values to +- this, in units of the return (RL4LMs: none)"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus, in nats (RL4LMs: 0)"""
+    vf_coef: float = 0.5
+    """weight of the value loss (RL4LMs: 0.5)"""
+    max_grad_norm: float = 0.5
+    """gradients are scaled to at most this norm (RL4LMs: 0.5)"""
+    early_stop_kl: float | None = None
+    """end the epochs when a minibatch's approximate KL passes 1.5 times this, in nats per token (RL4LMs: none)"""
+    kl_coef: float = 0.001
+    """weight of the KL penalty against the start model, at first"""
+    target_kl: float | None = 0.2
+    """the controller steers the mean KL per token, in nats, to this; None: kl_coef stays"""
+    temperature: float = 1.0
+    """sampling temperature of rollouts, part of the policy that is scored"""
+
+    # --- NLPO's mask
+    mask_type: Literal["learned_top_p", "learned_top_k", "top_k"] = "learned_top_p"
+    """the masking policy's smallest set of probability top_mask, its top_mask likeliest, or the policy's likeliest"""
+    top_mask: float = 0.9
+    """the probability (learned_top_p) or the number of tokens (the others) that the mask keeps (RL4LMs: 0.9)"""
+    target_update_iterations: int = 20
+    """iterations after which the masking policy becomes a copy of the policy; 0: never, as in RL4LMs' release"""
+    min_tokens_to_keep: int = 100
+    """the mask keeps at least so many tokens, and all special ones (RL4LMs: 100)"""
+    ratio: Literal["masked", "unmasked"] = "masked"
+    """whether PPO's ratio and the entropy are of the restricted distribution, or of the whole as in RL4LMs' release"""
+
+    # --- evaluation, checkpoints, logs
+    eval_every: int = 10
+    """iterations between evaluations on val (val and test are evaluated before and after training too)"""
+    eval_samples: int = 1000
+    """evaluate on the first so many samples of a split; 0: on all"""
+    save_every: int = 10
+    """iterations between checkpoints"""
+    run_dir: str | None = None
+    """the folder of this run; default runs/{task}__{script}__{seed}__{time}"""
+    resume: bool = False
+    """go on from the checkpoint in --run-dir, or start there if it has none"""
+    allow_changes: bool = False
+    """let --resume go on although settings that change the maths differ from the run's own"""
+    track: bool = False
+    """send metrics to wandb too (WANDB_MODE=offline keeps them on disk)"""
+    wandb_project: str = "minimal-rl4lms"
+    """wandb's project"""
+
+    # --- the machine
+    seed: int = 1
+    """seed of everything: model, prompts, tokens, minibatches"""
+    micro_batch_size: int = 16
+    """sequences per forward and backward pass of one process; changes memory and speed, not results"""
+    sample_batch_size: int = 64
+    """sequences sampled at once by one process; likewise"""
+    eval_batch_size: int = 32
+    """sequences decoded at once by one process in evaluation"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 autocasts the models' passes; weights, losses and optimizer stay float32"""
+    compile: bool = False
+    """torch.compile the passes of the update"""
+    cuda: bool = True
+    """use a GPU if there is one"""
+
+    # --- `--model scratch`: a small T5 and a byte-level BPE trained on the task's own texts
+    scratch_vocab_size: int = 1000
+    """tokens of the vocabulary at most (the 256 bytes included)"""
+    scratch_width: int = 128
+    """width of the residual stream; the feed-forward is 4 times as wide"""
+    scratch_layers: int = 2
+    """layers, of the encoder and of the decoder each"""
+    scratch_heads: int = 4
+    """attention heads; must divide the width"""
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def fail(message: str, code: int = 2):
+    """Ends all processes with one line from rank 0; code 2: the command is wrong, 1: the run cannot go on."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def flag_value(argv, name, default):
+    """What `--name VALUE` or `--name=VALUE` gives, read ahead of the other flags, whose defaults depend on it."""
+    for i, word in enumerate(argv):
+        if word == f"--{name}" and i + 1 < len(argv):
+            default = argv[i + 1]
+        elif word.startswith(f"--{name}="):
+            default = word.split("=", 1)[1]
+    return default
+
+
+def parse_args(argv, policy_type: Literal["seq2seq", "causal"]) -> Args:
+    """Args from the command line; what is not typed comes from the task, then from Args itself. `--help` shows it."""
+    name = flag_value(argv, "task", Args.task)
+    task = get_task(name)
+    defaults = dict(
+        task=name,
+        model=task.seq2seq_model if policy_type == "seq2seq" else task.causal_model,
+        reward=tuple(task.reward),
+        metrics=tuple(task.metrics),
+        prompt_length=task.prompt_length,
+        response_length=task.response_length,
+        min_response_length=task.min_response_length,
+    )
+    defaults |= dict(zip(TASK_COLUMNS, TASK_DEFAULTS.get(name, ()), strict=False))
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            args = tyro.cli(Args, description=__doc__, default=Args(**defaults), args=argv)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        # tyro draws a box: keep its text, without frame, title and the help of each suggestion, as one line
+        lines = [line.strip("│ ") for line in message.getvalue().splitlines() if line.startswith("│")]
+        fail(" ".join(line for line in lines if not line.startswith(("─", "For full", "Argument helptext"))))
+    if args.reward_weights is None:
+        own_reward = args.reward == tuple(task.reward)
+        args.reward_weights = tuple(task.reward_weights) if own_reward else (1.0,) * len(args.reward)
+    return args
+
+
+def check_args(args, world_size):
+    """Raises UsageError for what can be seen to be wrong before anything is loaded."""
+    for name, (least, most) in LIMITS.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= most:
+            bound = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be {bound}")
+    if args.batch_size % (args.num_minibatches * world_size):
+        raise UsageError(
+            f"--batch-size {args.batch_size}: must be a multiple of --num-minibatches {args.num_minibatches} times "
+            f"{world_size} processes = {args.num_minibatches * world_size}"
+        )
+    if args.min_response_length >= args.response_length:
+        raise UsageError(
+            f"--min-response-length {args.min_response_length}: must be below --response-length {args.response_length}"
+        )
+    if len(args.reward_weights) != len(args.reward):
+        raise UsageError(f"--reward-weights has {len(args.reward_weights)} values for {len(args.reward)} rewards")
+    if args.scratch_width % args.scratch_heads:
+        raise UsageError(f"--scratch-heads {args.scratch_heads}: must divide --scratch-width {args.scratch_width}")
+    if args.resume and not args.run_dir:
+        raise UsageError("--resume: say which run by --run-dir")
+    if args.run_dir and Path(args.run_dir).exists() and not args.resume and any(Path(args.run_dir).iterdir()):
+        raise UsageError(f"--run-dir {args.run_dir}: exists; go on with it by --resume, or name another folder")
+    if args.data and not Path(args.data).exists():
+        raise UsageError(f"--data {args.data}: no such folder")
+
+
+def check_mask(args):
+    """Raises UsageError if --top-mask does not fit --mask-type."""
+    if args.mask_type == "learned_top_p" and args.top_mask > 1:
+        raise UsageError(f"--top-mask {args.top_mask}: a probability, at most 1, with --mask-type learned_top_p")
+    if args.mask_type != "learned_top_p" and (args.top_mask < 1 or args.top_mask != int(args.top_mask)):
+        raise UsageError(f"--top-mask {args.top_mask}: with --mask-type {args.mask_type} a whole number of tokens")
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def distributed_setup(use_cuda):
+    """Joins torchrun's process group if there is one. Returns rank, world size, device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if use_cuda and torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        # rank 0 computes the metrics of an evaluation while the others wait: hours for a learned metric, not minutes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+    return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
+
+
+def all_reduce_sum(tensor):
+    """The sum of `tensor` over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def reduce_sums(sums, device):
+    """{name: its sum over all processes} as floats, by one all-reduce and one transfer."""
+    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in sums.values()])
+    return dict(zip(sums, all_reduce_sum(stacked).tolist(), strict=True))
+
+
+def accumulating(module, more_to_come):
+    """A context for a backward pass: with more of the same minibatch to come, gradients are not yet averaged."""
+    if more_to_come and isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+def gather_objects(thing):
+    """[thing of rank 0, thing of rank 1, ...] on every process."""
+    things = [thing]
+    if dist.is_initialized():
+        things = [None] * dist.get_world_size()
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def stop_together(error: str | None, code: int = 1):
+    """Ends the run on all processes if any of them has an error; the last checkpoint stays as it is."""
+    errors = [e for e in gather_objects(error) if e]
+    if errors:
+        fail(errors[0], code)
+
+
+def install_signal_handlers():
+    """A list in which SIGTERM and SIGINT are noted for the loop to see; a second one ends the process at once."""
+    signals = []
+
+    def note(number, frame):
+        # torchrun passes on what the terminal has sent already: only a later signal is a second one
+        if signals and time.monotonic() - signals[0][1] > 1:
+            os._exit(128 + number)
+        signals.append((number, time.monotonic()))
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return signals
+
+
+def seconds(device):
+    """Wall clock in seconds, after the device has finished what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------------ files of a run
+
+
+def open_run_dir(run_dir, config, args, rank):
+    """Makes or reopens the run folder. Returns its lock (rank 0) and the checkpoint to go on from, or None.
+
+    The lock is the kernel's: it goes with the process, however that ends.
+    """
+    lock, checkpoint, error = None, None, None
+    try:
+        if rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = open(run_dir / ".lock", "w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        checkpoint = load_checkpoint(run_dir) if args.resume else None
+        if checkpoint and not args.allow_changes:
+            check_same_run(json.loads(checkpoint["config"]), config)
+    except BlockingIOError:
+        error = f"--run-dir {run_dir}: another run is writing there; wait for it, or name another folder"
+    except UsageError as usage_error:
+        error = str(usage_error)
+    stop_together(error, code=2)
+    if rank == 0:
+        (run_dir / "config.json").write_text(json.dumps(config, indent=1))
+        for name in ("metrics.jsonl", "eval.jsonl"):  # what a killed run wrote after its checkpoint will come again
+            with open(run_dir / name, "a") as file:
+                file.truncate(checkpoint[name] if checkpoint else 0)
+    return lock, checkpoint
+
+
+def check_same_run(saved, config):
+    """Raises UsageError that names the settings in which the run to go on with differs, where they change the maths."""
+    free = {
+        "run_dir", "resume", "allow_changes", "track", "wandb_project", "metrics", "metric_kwargs", "cuda",
+        "eval_every", "eval_samples", "save_every", "micro_batch_size", "sample_batch_size", "eval_batch_size",
+        "world_size", "compile",
+    }  # fmt: skip
+    names = [name for name in config if name not in free and json.loads(json.dumps(config[name])) != saved.get(name)]
+    if names:
+        differing = ", ".join(f"{name} {saved.get(name)} -> {config[name]}" for name in names)
+        raise UsageError(f"--resume: differs from the run: {differing}; if that is meant, add --allow-changes")
+
+
+def save_model(run_dir, policy, tokenizer):
+    """model/, whole at any moment: written aside and renamed."""
+    aside, old = run_dir / "model.tmp", run_dir / "model.old"
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    policy.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if (run_dir / "model").exists():
+        (run_dir / "model").rename(old)
+    aside.rename(run_dir / "model")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def append_jsonl(path, row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def save_checkpoint(run_dir, state):
+    """Writes checkpoint/iteration_N.pt aside, then renames, then names it with its checksum in checkpoint/latest.json.
+
+    A crash at any moment leaves latest.json with a whole file; the one before is kept too, in case a disk garbles it.
+    """
+    folder = run_dir / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "eval.jsonl"):  # their rows so far are part of the state: resuming cuts what is later
+        state[name] = (run_dir / name).stat().st_size if (run_dir / name).exists() else 0
+    file = folder / f"iteration_{state['iteration']}.pt"
+    with open(file.with_suffix(".tmp"), "wb") as aside:
+        torch.save(state, aside)
+        aside.flush()
+        os.fsync(aside.fileno())
+    with open(file.with_suffix(".tmp"), "rb") as aside:
+        checksum = hashlib.file_digest(aside, "sha256").hexdigest()
+    os.replace(file.with_suffix(".tmp"), file)
+    latest = folder / "latest.json"
+    known = json.loads(latest.read_text()) if latest.exists() else []
+    known = [{"file": file.name, "sha256": checksum}] + [entry for entry in known if entry["file"] != file.name]
+    latest.with_suffix(".tmp").write_text(json.dumps(known[:2], indent=1))
+    os.replace(latest.with_suffix(".tmp"), latest)
+    for old in folder.glob("iteration_*"):
+        if old.name not in [entry["file"] for entry in known[:2]]:
+            old.unlink()
+
+
+def load_checkpoint(run_dir):
+    """The state that was saved last, or None. UsageError if the file is not what was written."""
+    latest = run_dir / "checkpoint" / "latest.json"
+    if not latest.exists():
+        return None
+    known = json.loads(latest.read_text())
+    file = latest.parent / known[0]["file"]
+    if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != known[0]["sha256"]:
+        way_out = f"; to go on from {known[1]['file']}, remove the first entry of {latest}" if len(known) > 1 else ""
+        raise UsageError(f"{file}: damaged, its checksum is not the one that was written{way_out}")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def plot_curves(run_dir):
+    """Draws curves.png: score, KL and losses from metrics.jsonl, and each metric on val from eval.jsonl."""
+    rows = [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
+    evals = [json.loads(line) for line in open(run_dir / "eval.jsonl")]
+    val = [row for row in evals if row["split"] == "val"]
+    panels = {name: [(r["iteration"], r[name]) for r in rows if name in r] for name in CURVES}
+    for name in [n for n in (val[0] if val else {}) if n not in ("iteration", "split")][:4]:
+        panels[f"eval/val/{name}"] = [(r["iteration"], r[name]) for r in val]
+    panels = {name: points for name, points in panels.items() if points}
+    columns = 4
+    figure = Figure(figsize=(4 * columns, 3 * math.ceil(len(panels) / columns)), layout="constrained")
+    for i, (name, points) in enumerate(panels.items()):
+        axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, i + 1)
+        axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, markersize=3)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("iteration", fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(run_dir / "curves.png", dpi=100)
+
+
+# the last word of every counter: what its random numbers are for (datapools.prompt_order has one too)
+TOKENS, MINIBATCHES = range(2)
+EVALUATION_STREAM = 2**63  # no iteration has this number
+
+CURVES = [
+    "objective/score", "objective/kl", "objective/kl_coef", "objective/entropy", "rollout/response_length",
+    "losses/policy", "losses/value", "losses/explained_variance",
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ text and tokens
+
+
+def train_tokenizer(texts, vocab_size, ends_with_eos):
+    """A byte-level BPE (as GPT-2's) of `texts`; the same texts give the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if ends_with_eos:  # T5's encoder input ends with EOS
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+# ------------------------------------------------------------------------------------------------ random numbers
+
+
+def uniforms(seed, stream, indices, length):
+    """(len(indices), length) float64 uniform in [0, 1): the numbers at (seed, stream, index, position).
+
+    Counter-based (Philox, Salmon et al. 2011), so that they do not depend on who asks for them, when, or with whom:
+    a rollout is the same for any number of processes, and a resumed run needs no generator state.
+    """
+    philox = (np.random.Philox(key=[seed, stream], counter=[0, 0, index, TOKENS]) for index in indices)
+    return torch.from_numpy(np.stack([np.random.Generator(generator).random(length) for generator in philox]))
+
+
+def draw(logits, uniform):
+    """One token per row by the inverse CDF. logits (B, V), uniform (B,) -> (B,) int64; never one of probability 0."""
+    cdf = logits.softmax(-1, dtype=torch.float64).cumsum(-1)  # (B, V)
+    tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def build_scratch_model(args, texts):
+    """A small T5 with random weights and its tokenizer; the same seed and texts give the same."""
+    tokenizer = train_tokenizer(texts, args.scratch_vocab_size, ends_with_eos=True)
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=args.scratch_width,
+        d_kv=args.scratch_width // args.scratch_heads,
+        d_ff=4 * args.scratch_width,
+        num_layers=args.scratch_layers,
+        num_heads=args.scratch_heads,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(args.seed)
+    return transformers.T5ForConditionalGeneration(config), tokenizer
+
+
+def load_config(args):
+    """The model's config, and UsageError if it is none, of the wrong kind, or too short; None for scratch."""
+    if args.model == "scratch":
+        return None
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"--model {args.model}: neither a model folder nor to be had from the hub: {reason}") from None
+    if not config.is_encoder_decoder:
+        raise UsageError(f"--model {args.model}: {config.model_type} is decoder-only; its script is the causal one")
+    limit = getattr(config, "max_position_embeddings", math.inf)  # T5's positions are relative: no limit
+    for name in ("prompt_length", "response_length"):
+        if getattr(args, name) > limit:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.model} has {limit} positions")
+    return config
+
+
+def load_model(args, texts):
+    """Policy and tokenizer. Dropout stays off throughout, so that log-probs are a function of the weights."""
+    if args.model == "scratch":
+        policy, tokenizer = build_scratch_model(args, texts)
+    else:
+        policy = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.pad_token_id is None:  # GPT-2 has none; any token will do, since masks come from lengths
+        tokenizer.pad_token = tokenizer.eos_token
+    return policy.eval(), tokenizer
+
+
+def start_decoding(policy, queries, query_mask, length):
+    """Runs the encoder. Returns what decode_step needs, and its first input: the decoder's start token (B, 1)."""
+    encoder_outputs = policy.get_encoder()(input_ids=queries, attention_mask=query_mask)
+    cache = EncoderDecoderCache(DynamicCache(config=policy.config), DynamicCache(config=policy.config))
+    start = queries.new_full((len(queries), 1), policy.config.decoder_start_token_id)
+    return dict(encoder_outputs=encoder_outputs, attention_mask=query_mask, past_key_values=cache), start
+
+
+def decode_step(policy, state, inputs):
+    """Logits (B, V) of the next response token; inputs (B, n) are the tokens that the cache has not seen."""
+    return policy(decoder_input_ids=inputs, use_cache=True, **state).logits[:, -1]
+
+
+def decoder_inputs(responses, config):
+    """What the decoder reads (B, T) to give the responses (B, T): its start token, then all but the last token."""
+    return torch.cat([responses.new_full((len(responses), 1), config.decoder_start_token_id), responses[:, :-1]], 1)
+
+
+def response_logits(policy, queries, query_mask, responses):
+    """Logits (B, T, V) of all response tokens in one teacher-forced pass."""
+    inputs = dict(input_ids=queries, decoder_input_ids=decoder_inputs(responses, policy.config))
+    return policy(**inputs, attention_mask=query_mask, use_cache=False).logits
+
+
+def response_hidden(backbone, queries, query_mask, responses):
+    """Last hidden states (B, T, D) of the states that the response tokens are sampled in."""
+    inputs = dict(input_ids=queries, decoder_input_ids=decoder_inputs(responses, backbone.config))
+    return backbone(**inputs, attention_mask=query_mask, use_cache=False).last_hidden_state
+
+
+def value_backbone(policy):
+    """A copy of the policy without its language-model head."""
+    backbone = AutoModel.from_config(policy.config, dtype=torch.float32).eval()
+    missing, _ = backbone.load_state_dict(policy.base_model.state_dict(), strict=False)
+    assert not missing, f"weights that the policy lacks: {missing}"
+    return backbone
+
+
+class ValueModel(nn.Module):
+    """V(s_t): a backbone of its own and a linear head without bias, as in RL4LMs."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.config.hidden_size, 1, bias=False)
+
+    def forward(self, queries, query_mask, responses):
+        """values (B, T) float32."""
+        return self.head(response_hidden(self.backbone, queries, query_mask, responses)).squeeze(-1).float()
+
+
+def behaviour_logits(logits, first_position, temperature, min_response_length, eos_id):
+    """Logits of the distribution that is sampled, and therefore scored: tempered, EOS banned while it is too early.
+
+    logits (B, n, V) at the response positions first_position .. first_position + n, in any dtype -> float32.
+    """
+    logits = logits.float() if temperature == 1.0 else logits.float() / temperature
+    if first_position < min_response_length:
+        early = torch.zeros(logits.shape[1:], dtype=torch.bool, device=logits.device)
+        early[: min_response_length - first_position, eos_id] = True
+        logits = logits.masked_fill(early, -math.inf)
+    return logits
+
+
+def token_logprobs(logits, responses):
+    """log pi(a_t | s_t) of the sampled tokens: logits (B, T, V), responses (B, T) -> (B, T)."""
+    return -F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none").view_as(responses)
+
+
+def token_entropy(logits):
+    """Entropy in nats of each distribution: (B, T, V) -> (B, T); banned tokens count 0, also in the gradient."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+
+
+class Agent(nn.Module):
+    """Policy and value model under one forward, so that DistributedDataParallel sees both."""
+
+    def __init__(self, policy, value_model, behaviour):
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+        self.behaviour = behaviour  # keyword arguments of behaviour_logits
+
+    def forward(self, queries, query_mask, responses, action_masks, with_entropy, with_unmasked=False):
+        """logprobs, entropy (or None) under the mask, values, and logprobs without it (or None), each (B, T) float32.
+
+        action_masks: packed, as sample_responses returns them, or None for no mask.
+        """
+        logits = behaviour_logits(response_logits(self.policy, queries, query_mask, responses), 0, **self.behaviour)
+        unmasked_logprobs = token_logprobs(logits, responses) if with_unmasked else None
+        if action_masks is not None:
+            logits = logits.masked_fill(~unpack(action_masks, logits.shape[-1]), -math.inf)
+        entropy = token_entropy(logits) if with_entropy else None
+        values = self.value_model(queries, query_mask, responses)
+        return token_logprobs(logits, responses), entropy, values, unmasked_logprobs
+
+
+def make_optimizer(agent, learning_rate):
+    """AdamW for policy and value model; biases and norms are not decayed, as in RL4LMs."""
+    groups = [
+        dict(params=[p for p in agent.parameters() if p.ndim > 1], weight_decay=1e-6),
+        dict(params=[p for p in agent.parameters() if p.ndim <= 1], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+def fingerprint(model):
+    """The sum of all weights and of their squares: what tells the model of another run."""
+    weights = [p.detach().double() for p in model.parameters()]
+    return [sum(w.sum().item() for w in weights), sum(w.square().sum().item() for w in weights)]
+
+
+def keep_top_k(logits, k):
+    """Logits (B, V) with all but the k greatest of each row at -inf."""
+    least = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+    return logits.masked_fill(logits < least, -math.inf)
+
+
+def make_action_mask(logits, mask_type, top_mask, min_tokens_to_keep, special_ids):
+    """Which tokens may be sampled: logits (B, V) of the masking policy -> (B, V) bool."""
+    count = min_tokens_to_keep if mask_type == "learned_top_p" else max(int(top_mask), min_tokens_to_keep)
+    mask = torch.zeros_like(logits, dtype=torch.bool)
+    if mask_type == "learned_top_p":
+        if top_mask >= 1.0:
+            return ~mask
+        probs, order = logits.softmax(-1).sort(-1, descending=True)
+        inside = probs.cumsum(-1) - probs < top_mask  # what is likelier does not reach top_mask yet
+        inside[:, :count] = True
+        mask.scatter_(1, order, inside)
+    else:
+        mask.scatter_(1, logits.topk(min(count, logits.shape[-1])).indices, True)
+    mask[:, special_ids] = True
+    return mask
+
+
+def pack(mask):
+    """(..., V) bool -> (..., ceil(V / 8)) uint8: the masks of a rollout in an eighth of the memory."""
+    bits = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed, size):
+    """The inverse of pack: (..., ceil(V / 8)) uint8 -> (..., V) bool."""
+    bits = packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8) & 1
+    return bits.flatten(-2)[..., :size].bool()
+
+
+@torch.inference_mode()
+def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad_id, mask_model=None, masking=None):
+    """Samples with a KV cache, one forward pass per token, until every row has ended.
+
+    uniform (B, T) fixes the draws. Returns responses (B, <=T), padded behind EOS; kept_mass (B, <=T), the probability
+    that mask and top-k leave (1 without them); and with a mask_model, which may be the policy itself, the packed
+    action_masks (B, <=T, ceil(V / 8)) and kept_tokens (B, <=T). masking: keyword arguments of make_action_mask.
+    """
+    uniform = uniform.to(queries.device)
+    state, inputs = start_decoding(policy, queries, query_mask, uniform.shape[1])
+    if mask_model not in (None, policy):
+        mask_state, _ = start_decoding(mask_model, queries, query_mask, uniform.shape[1])
+    finished = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+    responses, kept_mass, action_masks, kept_tokens = [], [], [], []
+    # asking a GPU whether all rows have ended waits for it: there, ask now and then
+    ask_every = 16 if queries.is_cuda else 1
+    for t in range(uniform.shape[1]):
+        logits = decode_step(policy, state, inputs).unsqueeze(1)  # (B, 1, V)
+        logits = behaviour_logits(logits, t, **behaviour).squeeze(1)
+        restricted = keep_top_k(logits, top_k) if top_k else logits
+        if mask_model is not None:
+            mask_logits = logits
+            if mask_model is not policy:
+                mask_logits = decode_step(mask_model, mask_state, inputs).unsqueeze(1)
+                mask_logits = behaviour_logits(mask_logits, t, **behaviour).squeeze(1)
+            action_mask = make_action_mask(mask_logits, **masking)  # (B, V)
+            restricted = restricted.masked_fill(~action_mask, -math.inf)
+            action_masks.append(pack(action_mask))
+            kept_tokens.append(action_mask.sum(-1))
+        tokens = draw(restricted, uniform[:, t]).masked_fill(finished, pad_id)  # (B,)
+        responses.append(tokens)
+        kept_mass.append((restricted.logsumexp(-1) - logits.logsumexp(-1)).exp())
+        inputs = tokens.unsqueeze(1)
+        finished = finished | (tokens == behaviour["eos_id"])
+        if (t + 1) % ask_every == 0 and finished.all():
+            break
+    sampled = torch.stack(responses, 1), torch.stack(kept_mass, 1)
+    return sampled if mask_model is None else (*sampled, torch.stack(action_masks, 1), torch.stack(kept_tokens, 1))
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+@torch.inference_mode()
+def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, pad_id):
+    """The best of num_beams responses, (B, <=T) padded behind EOS; the search is transformers' own."""
+    output = policy.generate(
+        input_ids=queries,
+        attention_mask=query_mask.long(),
+        do_sample=False,
+        num_beams=decoding.get("num_beams", 1),
+        length_penalty=decoding.get("length_penalty", 1.0),
+        min_new_tokens=decoding.get("min_length", 0),
+        max_new_tokens=response_length,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )
+    return output[:, 1:]  # without the decoder's start token
+
+
+def decode_split(policy, tokenizer, samples, task, args, device):
+    """Responses to this process' share of the samples, by the task's way of decoding: {index: text}."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    own, texts = list(range(rank, len(samples), world_size)), {}
+    decoding, eos_id, pad_id = task.generation, tokenizer.eos_token_id, tokenizer.pad_token_id
+    behaviour = dict(
+        temperature=decoding.get("temperature", 1.0), min_response_length=decoding.get("min_length", 0), eos_id=eos_id
+    )
+    for start in tqdm(range(0, len(own), args.eval_batch_size), "evaluation", leave=False, disable=rank > 0 or None):
+        indices = own[start : start + args.eval_batch_size]
+        prompts = [samples[i].prompt for i in indices]
+        rows = encode_prompts(tokenizer, prompts, args.prompt_length, task.truncation_side)
+        queries, query_mask = pad(rows, pad_id, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            if decoding.get("do_sample"):
+                # every evaluation draws the same numbers, so that two policies do not differ by luck
+                uniform = uniforms(args.seed, EVALUATION_STREAM, indices, args.response_length)
+                responses, _ = sample_responses(
+                    policy, queries, query_mask, uniform, behaviour, decoding.get("top_k", 0), pad_id
+                )
+            else:
+                responses = beam_search(policy, queries, query_mask, decoding, args.response_length, eos_id, pad_id)
+        texts |= dict(zip(indices, tokenizer.batch_decode(responses, skip_special_tokens=True), strict=True))
+    return texts
+
+
+def evaluate(policy, samples, split, iteration, tokenizer, metrics, task, args, device, run_dir, executor):
+    """Decodes a split, computes the metrics on rank 0, and leaves them in eval.jsonl and predictions/."""
+    texts = {}
+    for part in gather_objects(decode_split(policy, tokenizer, samples, task, args, device)):
+        texts |= part
+    generations = [texts[i] for i in range(len(samples))]
+    columns = [s.prompt for s in samples], generations, [s.references for s in samples], [s.meta for s in samples]
+    row, error = {"iteration": iteration, "split": split}, None
+    predictions = [
+        {"id": s.id, "prompt": s.prompt, "generation": g, "references": s.references}
+        for s, g in zip(samples, generations, strict=True)
+    ]
+    for metric in metrics.values() if int(os.environ.get("RANK", 0)) == 0 else ():
+        future = executor.submit(metric, *columns, model=policy, tokenizer=tokenizer)
+        if future.exception():
+            error = f"iteration {iteration}: a metric failed: {describe_error(future.exception())}"
+            break
+        for name, (per_sample, value) in future.result().items():
+            row[name] = value
+            for prediction, own in zip(predictions, per_sample or [], strict=False):
+                prediction[name] = own
+    stop_together(error)
+    if int(os.environ.get("RANK", 0)) == 0:
+        (run_dir / "predictions").mkdir(exist_ok=True)
+        lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
+        (run_dir / "predictions" / f"{split}_{iteration}.jsonl").write_text("".join(lines))
+        append_jsonl(run_dir / "eval.jsonl", row)
+        plot_curves(run_dir)
+        tqdm.write(f"--- {split} after {iteration} iterations: {len(samples)} samples")
+        tqdm.write("\n".join(f"    {name:<32} {row[name]:.4f}" for name in list(row)[2:]))
+        for prediction in predictions[:2]:
+            tqdm.write(
+                f"    prompt      {prediction['prompt']!r:.200}\n    generation  {prediction['generation']!r:.200}"
+            )
+    return row
+
+
+# ------------------------------------------------------------------------------------------------ NLPO
+
+
+def gae(rewards, values, mask, gamma, gae_lambda):
+    """Advantages (B, T), https://arxiv.org/abs/1506.02438 (16); every sequence ends, so what follows it is worth 0."""
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * gae_lambda * next_advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages
+
+
+def next_kl_coef(kl_coef, kl, target_kl):
+    """RL4LMs' controller, after Ziegler et al. 2019: proportional, at most 2% a step."""
+    return kl_coef * (1 + 0.1 * float(np.clip((kl - target_kl) / target_kl, -0.2, 0.2)))
+
+
+def minibatch_rows(seed, iteration, epoch, num_minibatches, minibatch_size, rank, world_size):
+    """Rows of this process' rollout in each minibatch: (num_minibatches, minibatch_size / world_size), on the CPU.
+
+    The batch is seen as num_minibatches x minibatch_size, sample i at row i // minibatch_size, and each column is
+    shuffled on its own. Process `rank` holds the columns rank, rank + world_size, ..., so every minibatch has the same
+    sequences for any number of processes and none has to travel.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, iteration], counter=[0, 0, epoch, MINIBATCHES]))
+    shuffled = generator.random((num_minibatches, minibatch_size)).argsort(0)  # rows of the matrix, column by column
+    own = torch.from_numpy(shuffled[:, rank::world_size])
+    return own * own.shape[1] + torch.arange(own.shape[1])
+
+
+def micro_batch(rows, queries, query_mask, query_lengths, responses, response_lengths):
+    """The rows' queries, query_mask and responses, cut to the longest prompt and response among them."""
+    Q, T = query_lengths[rows].max(), response_lengths[rows].max()
+    return queries[rows, :Q], query_mask[rows, :Q], responses[rows, :T]
+
+
+if __name__ == "__main__":
+    # ---------------------------------------------------------------- set-up; what is wrong is said before models load
+    signals = install_signal_handlers()
+    try:
+        args = parse_args(sys.argv[1:], "seq2seq")
+        task = get_task(args.task)
+        check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
+        check_mask(args)
+        load_config(args)
+        task_kwargs = parse_kwargs(args.task_kwargs, ["task"], {})["task"]
+        train, val, test = (load_task(args.task, split, args.data, **task_kwargs) for split in ("train", "val", "test"))
+        for name in args.reward:
+            check_reward(name, train)
+        for name in args.metrics:
+            check_metric(name, val)
+        # before the process group and CUDA start, since some rewards start worker processes
+        device_type = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
+        options = parse_kwargs(args.reward_kwargs, args.reward, task.reward_kwargs)
+        reward_functions = {name: make_reward(name, device=device_type, **options[name]) for name in args.reward}
+        options = parse_kwargs(args.metric_kwargs, args.metrics, task.metric_kwargs)
+        metrics = {name: make_metric(name, device=device_type, **options[name]) for name in args.metrics}
+    except UsageError as error:
+        fail(str(error))
+    for reward_function in reward_functions.values():
+        if hasattr(reward_function, "prepare"):
+            reward_function.prepare([s.references for s in train])
+    val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
+    rank, world_size, device = distributed_setup(args.cuda)
+
+    policy, tokenizer = load_model(args, [text for s in train for text in (s.prompt, *s.references)])
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    policy.to(device)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    mask_model = policy if args.mask_type == "top_k" else copy.deepcopy(reference)
+    masking = dict(
+        mask_type=args.mask_type,
+        top_mask=args.top_mask,
+        min_tokens_to_keep=args.min_tokens_to_keep,
+        special_ids=tokenizer.all_special_ids,
+    )
+    torch.manual_seed(args.seed)  # of the value head
+    value_model = ValueModel(value_backbone(policy)).to(device)
+    behaviour = dict(temperature=args.temperature, min_response_length=args.min_response_length, eos_id=eos_id)
+    agent = Agent(policy, value_model, behaviour)
+    optimizer = make_optimizer(agent, args.learning_rate)
+    if args.compile:
+        agent.compile(dynamic=True)
+
+    # ---------------------------------------------------------------- the run folder, and the checkpoint to go on from
+    run_name = f"{Path(args.task).stem}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d_%H%M%S}"
+    run_dir = Path(args.run_dir or f"runs/{gather_objects(run_name)[0]}")
+    config = asdict(args) | {"start_model_fingerprint": fingerprint(policy), "world_size": world_size}
+    lock, checkpoint = open_run_dir(run_dir, config, args, rank)
+    iteration, kl_coef = 0, args.kl_coef
+    if checkpoint:
+        policy.load_state_dict(checkpoint["policy"])
+        value_model.load_state_dict(checkpoint["value_model"])
+        mask_model.load_state_dict(checkpoint["mask_model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        iteration, kl_coef = checkpoint["iteration"], checkpoint["kl_coef"]
+    trained = agent
+    if dist.is_initialized():
+        trained = DistributedDataParallel(agent, broadcast_buffers=False, gradient_as_bucket_view=True)
+    executor = concurrent.futures.ThreadPoolExecutor(1)  # computes rewards while the models work
+    if rank == 0:
+        print(f"{run_dir}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} training prompts")
+        print(describe_lengths(tokenizer, train[:2000], args.prompt_length, args.response_length))
+        if args.track:
+            import wandb
+
+            wandb.init(project=args.wandb_project, name=run_dir.name, id=run_dir.name, resume="allow", config=config)
+    evaluation = (tokenizer, metrics, task, args, device, run_dir, executor)
+    if iteration == 0:
+        evaluate(policy, val, "val", 0, *evaluation)
+        evaluate(policy, test, "test", 0, *evaluation)
+
+    # B sequences of an iteration in this process, Q prompt tokens, T response tokens, V vocabulary
+    B, minibatch_size = args.batch_size // world_size, args.batch_size // args.num_minibatches
+    vocab_size = policy.get_output_embeddings().out_features
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+    progress = tqdm(total=args.num_iterations, initial=iteration, disable=rank > 0 or None, desc=run_dir.name)
+    while iteration < args.num_iterations:
+        iteration += 1
+        started = seconds(device)
+        if args.anneal_lr:
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
+
+        # 1. sample responses; this process has the samples rank, rank + world_size, ... of the batch
+        own = range(rank, args.batch_size, world_size)
+        positions = [(iteration - 1) * args.batch_size + i for i in own]
+        samples = [train[i] for i in prompt_order(positions, len(train), args.seed)]
+        prompt_ids = encode_prompts(tokenizer, [s.prompt for s in samples], args.prompt_length, task.truncation_side)
+        query_lengths = torch.tensor([len(ids) for ids in prompt_ids])  # (B,) on the CPU, as response_lengths
+        queries, query_mask = pad(prompt_ids, pad_id, device)  # (B, Q)
+        uniform = uniforms(args.seed, iteration, own, args.response_length)  # (B, T)
+        responses = torch.full((B, args.response_length), pad_id, device=device)  # (B, T)
+        kept_mass, kept_tokens = torch.zeros(2, B, args.response_length, device=device)  # (B, T) each
+        # (B, T, V) as bits, eight to a byte; all set on padding
+        action_masks = torch.full((B, args.response_length, -(-vocab_size // 8)), 255, dtype=torch.uint8, device=device)
+        for rows in torch.arange(B).split(args.sample_batch_size):
+            with torch.autocast(**autocast):
+                sampled = sample_responses(
+                    policy, queries[rows], query_mask[rows], uniform[rows], behaviour, 0, pad_id, mask_model, masking
+                )
+            for tensor, columns in zip((responses, kept_mass, action_masks, kept_tokens), sampled, strict=True):
+                tensor[rows, : columns.shape[1]] = columns.to(tensor.dtype)
+        ended = (responses == eos_id).cpu()
+        # a response ends with its first EOS, or else where it can't be longer
+        response_lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, args.response_length)  # (B,)
+        response_mask = (torch.arange(args.response_length) < response_lengths.unsqueeze(1)).to(device)  # (B, T)
+        action_masks[~response_mask] = 255
+        sample_ended = seconds(device)
+
+        # 2. score the texts, in the background
+        generations = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = (samples, generations, response_lengths, args.response_length)
+        scoring = executor.submit(score_texts, reward_functions, args.reward_weights, *texts)
+
+        # 3. log-probs under the policy and the reference, and values: one pass each
+        # (B, T) each; logprobs are of the restricted policy, unmasked_logprobs of the whole
+        logprobs, unmasked_logprobs, ref_logprobs, entropy, values = torch.zeros(
+            5, B, args.response_length, device=device
+        )
+        for rows in response_lengths.argsort().split(args.micro_batch_size):
+            inputs = micro_batch(rows, queries, query_mask, query_lengths, responses, response_lengths)
+            T = inputs[2].shape[1]
+            with torch.no_grad(), torch.autocast(**autocast):
+                masks = action_masks[rows, :T] if args.ratio == "masked" else None
+                logprobs[rows, :T], entropy[rows, :T], values[rows, :T], unmasked_logprobs[rows, :T] = agent(
+                    *inputs, masks, with_entropy=True, with_unmasked=True
+                )
+                ref_logits = behaviour_logits(response_logits(reference, *inputs), 0, **behaviour)
+                ref_logprobs[rows, :T] = token_logprobs(ref_logits, inputs[2])
+        for tensor in (logprobs, unmasked_logprobs, ref_logprobs, entropy, values):
+            tensor.masked_fill_(~response_mask, 0.0)
+        forward_ended = seconds(device)
+
+        # 4. per-token rewards: the KL penalty at every token, the score at the last
+        error = scoring.exception()
+        stop_together(error and f"iteration {iteration}: a reward failed: {describe_error(error)}")
+        token_scores, reward_means = scoring.result()
+        kl = unmasked_logprobs - ref_logprobs  # (B, T)
+        rewards = token_scores.to(device) - kl_coef * kl  # (B, T)
+        score_ended = seconds(device)
+
+        # 5. advantages
+        advantages = gae(rewards, values, response_mask, args.gamma, args.gae_lambda)  # (B, T), 0 on padding
+        returns = advantages + values
+
+        # 6. update
+        update_sums = torch.zeros(6, dtype=torch.float64, device=device)
+        grad_norms, first_ratio_error, stop_early = [], 0.0, False
+        for epoch in range(args.update_epochs):
+            # (num_minibatches, minibatch_size / world_size) rows of this process
+            order = minibatch_rows(args.seed, iteration, epoch, args.num_minibatches, minibatch_size, rank, world_size)
+            # tokens, and first and second moment of the advantages, of each minibatch over all processes
+            moments = torch.stack([response_mask, advantages, advantages.double() ** 2]).sum(2)  # (3, B) float64
+            moments = all_reduce_sum(moments[:, order].sum(2))  # (3, num_minibatches)
+            for mb_rows, (mb_tokens, mb_sum, mb_squares) in zip(order, moments.T, strict=True):
+                mb_mean = mb_sum / mb_tokens
+                mb_std = ((mb_squares - mb_tokens * mb_mean**2) / (mb_tokens - 1).clamp(min=1)).clamp(min=0).sqrt()
+                mb_kl = torch.zeros((), dtype=torch.float64, device=device)
+                micro_rows = mb_rows[response_lengths[mb_rows].argsort()].split(args.micro_batch_size)
+                for i, rows in enumerate(micro_rows):
+                    inputs = micro_batch(rows, queries, query_mask, query_lengths, responses, response_lengths)
+                    T = inputs[2].shape[1]
+                    mask, mb_advantages = response_mask[rows, :T], advantages[rows, :T]
+                    if args.norm_adv:
+                        mb_advantages = (mb_advantages - mb_mean) / (mb_std + 1e-8)
+                    with accumulating(trained, i < len(micro_rows) - 1):
+                        masks = action_masks[rows, :T] if args.ratio == "masked" else None
+                        with torch.autocast(**autocast):
+                            new_logprobs, new_entropy, new_values, _ = trained(
+                                *inputs, masks, with_entropy=args.ent_coef > 0
+                            )
+                        log_ratio = (new_logprobs - logprobs[rows, :T]).masked_fill(~mask, 0.0)
+                        ratio = log_ratio.exp()
+                        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                        pg_loss = -torch.min(mb_advantages * ratio, mb_advantages * clipped)
+                        if args.clip_vf_coef is not None:
+                            change = (new_values - values[rows, :T]).clamp(-args.clip_vf_coef, args.clip_vf_coef)
+                            new_values = values[rows, :T] + change
+                        v_loss = (new_values - returns[rows, :T]) ** 2
+                        loss = pg_loss + args.vf_coef * v_loss
+                        if args.ent_coef > 0:
+                            loss = loss - args.ent_coef * new_entropy
+                        # a mean over the tokens of the whole minibatch; the processes' gradients will be averaged
+                        ((loss * mask).sum() / mb_tokens * world_size).backward()
+                    with torch.no_grad():
+                        approx_kl = ratio - 1 - log_ratio  # k3 of http://joschu.net/blog/kl-approx.html
+                        clipfrac = (ratio - 1).abs() > args.clip_coef
+                        figures = torch.stack([pg_loss, v_loss, approx_kl, clipfrac, ratio, mask])
+                        update_sums += (figures * mask).sum((1, 2))
+                        mb_kl += (approx_kl * mask).sum()
+                        if not grad_norms:
+                            first_ratio_error += ((ratio - 1).abs() * mask).sum() / mb_tokens
+                if args.early_stop_kl and all_reduce_sum(mb_kl) / mb_tokens > 1.5 * args.early_stop_kl:
+                    optimizer.zero_grad()
+                    stop_early = True
+                    break
+                grad_norms.append(nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm))
+                optimizer.step()
+                optimizer.zero_grad()
+            if stop_early:
+                break
+        since_refresh = iteration % (args.target_update_iterations or math.inf)
+        if since_refresh == 0 and mask_model is not policy:
+            mask_model.load_state_dict(policy.state_dict())
+        update_ended = seconds(device)
+
+        # 7. KL controller, on the mean KL per token over all processes
+        error = (returns - values).double()[response_mask]
+        returned = returns.double()[response_mask]
+        sums = dict(
+            sequences=B,
+            tokens=response_mask.sum(),
+            score=token_scores.sum(),
+            ended=ended.any(1).sum(),
+            kl=kl.sum(),
+            entropy=entropy.sum(),
+            kept_mass=(kept_mass * response_mask).sum(),
+            kept_tokens=(kept_tokens * response_mask).sum(),
+            bites=((kept_tokens < vocab_size) & response_mask).sum(),
+            returns=returned.sum(),
+            squared_returns=(returned**2).sum(),
+            error=error.sum(),
+            squared_error=(error**2).sum(),
+            first_ratio_error=first_ratio_error,
+        )
+        sums |= {f"reward/{name}": mean * B for name, mean in reward_means.items()}
+        sums |= dict(zip(("policy", "value", "approx_kl", "clipfrac", "ratio", "updated"), update_sums, strict=True))
+        sums = reduce_sums(sums, device)
+        sequences, tokens, updated = sums["sequences"], sums["tokens"], sums["updated"]
+        mean_kl, penalty = sums["kl"] / tokens, kl_coef
+        if args.target_kl is not None:
+            kl_coef = next_kl_coef(kl_coef, mean_kl, args.target_kl)
+
+        # 8. log: every figure is over all processes, those of the update over all its minibatches
+        variance = sums["squared_returns"] / tokens - (sums["returns"] / tokens) ** 2
+        unexplained = sums["squared_error"] / tokens - (sums["error"] / tokens) ** 2
+        log_ended = seconds(device)
+        row = {
+            "iteration": iteration,
+            "objective/score": sums["score"] / sequences,
+            "objective/kl": mean_kl,
+            "objective/kl_coef": penalty,
+            "objective/entropy": sums["entropy"] / tokens,
+            "objective/rlhf_reward": (sums["score"] - penalty * sums["kl"]) / sequences,
+            "losses/policy": sums["policy"] / updated,
+            "losses/value": sums["value"] / updated,
+            "losses/approx_kl": sums["approx_kl"] / updated,
+            "losses/clipfrac": sums["clipfrac"] / updated,
+            "losses/ratio": sums["ratio"] / updated,
+            "losses/first_ratio_error": sums["first_ratio_error"],
+            "losses/explained_variance": 1 - unexplained / max(variance, 1e-12),
+            "losses/grad_norm": torch.stack(grad_norms).mean().item() if grad_norms else 0.0,
+            "losses/optimizer_steps": len(grad_norms),
+            "losses/learning_rate": optimizer.param_groups[0]["lr"],
+            "rollout/response_length": tokens / sequences,
+            "rollout/eos_fraction": sums["ended"] / sequences,
+            "rollout/mask_mass": sums["kept_mass"] / tokens,
+            "rollout/mask_kept_fraction": sums["kept_tokens"] / tokens / vocab_size,
+            "rollout/mask_bite_fraction": sums["bites"] / tokens,
+            "rollout/iterations_since_refresh": since_refresh or args.target_update_iterations,
+            "time/sample_seconds": sample_ended - started,
+            "time/forward_seconds": forward_ended - sample_ended,
+            "time/score_seconds": score_ended - forward_ended,  # waited for after the forward passes
+            "time/update_seconds": update_ended - score_ended,
+            "time/iteration_seconds": log_ended - started,
+            "time/tokens_per_second": tokens / (log_ended - started),
+        }
+        if len(reward_functions) > 1:
+            row |= {name: total / sequences for name, total in sums.items() if name.startswith("reward/")}
+        broken = ", ".join(name for name, value in row.items() if not math.isfinite(value))
+        stop_together(broken and f"iteration {iteration}: not finite: {broken}; the last checkpoint is whole")
+        if rank == 0:
+            append_jsonl(run_dir / "metrics.jsonl", row)
+            figures = {"score": row["objective/score"], "kl": mean_kl, "tokens/s": row["time/tokens_per_second"]}
+            progress.set_postfix({name: f"{value:.3g}" for name, value in figures.items()})
+            progress.update()
+            if args.track:
+                wandb.log(row, step=iteration)
+
+        # 9. evaluate, save
+        done, stopping = iteration == args.num_iterations, any(gather_objects(bool(signals)))
+        if done or iteration % args.eval_every == 0:
+            evaluate(policy, val, "val", iteration, *evaluation)
+        if rank == 0 and (done or stopping or iteration % args.save_every == 0):
+            state = dict(
+                iteration=iteration,
+                kl_coef=kl_coef,
+                policy=policy.state_dict(),
+                value_model=value_model.state_dict(),
+                mask_model=mask_model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                config=json.dumps(config),
+            )
+            save_checkpoint(run_dir, state)
+        if stopping:
+            break
+
+    progress.close()
+    if iteration == args.num_iterations:
+        evaluate(policy, test, "test", iteration, *evaluation)
+    if rank == 0:
+        save_model(run_dir, policy, tokenizer)
+        go_on = f"; go on with --run-dir {run_dir} --resume" if iteration < args.num_iterations else ""
+        print(f"{run_dir}: {iteration} of {args.num_iterations} iterations done{go_on}", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if signals and signals[0][0] == signal.SIGINT:
+        raise SystemExit(130)
