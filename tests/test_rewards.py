@@ -414,3 +414,31 @@ def test_only_finite_numbers_count(name):
     for text, run in runs.items():
         assert reward([""], [text], [[]], [{}]) == [run / 10]
     assert all(math.isfinite(x) for x in reward([""], ["1_000 " * 3], [[]], [{}]))
+
+
+def test_dates_are_found_by_their_digits_alone():
+    found = {
+        "2021-07-14": 1,
+        "x12021-07-140": 1,
+        "٢٠٢٤-٠٥-٠٦": 1,
+        "9999-99-99": 1,
+        "21-07-14": 0,
+        "2021-7-14": 0,
+        "": 0,
+    }
+    for text, expected in found.items():
+        assert make_reward("dates")([""], [text], [[]], [{}]) == [expected]
+
+
+def test_a_set_of_one_sample_has_its_value():
+    for name, kwargs in (
+        ("bleu", {}),
+        ("sacrebleu", {}),
+        ("sacrebleu", {"tokenize": "intl"}),
+        ("chrf", {}),
+        ("ter", {}),
+    ):
+        metric = make_metric(name, **kwargs)
+        for i in (0, 3, 5, 6, 8, 12, 13, 19):  # without a match of four words, empty, one word, ...
+            ((score,), value) = metric(*only([i]))[name]
+            assert value == pytest.approx(score, abs=1e-12)
