@@ -52,6 +52,15 @@ import transformers
 import tyro
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import (
@@ -204,6 +213,8 @@ class Args:
     """sequences decoded at once by one process in evaluation"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 autocasts the models' passes; weights, losses and optimizer stay float32"""
+    fsdp: bool = False
+    """shard policy, value model, reference and optimizer over the processes, for models beyond one GPU (FSDP2)"""
     compile: bool = False
     """torch.compile the passes of the update"""
     cuda: bool = True
@@ -233,10 +244,9 @@ def fail(message: str, code: int = 2):
 def flag_value(argv, name, default):
     """What `--name VALUE` or `--name=VALUE` gives, read ahead of the other flags, whose defaults depend on it."""
     for i, word in enumerate(argv):
-        if word == f"--{name}" and i + 1 < len(argv):
-            default = argv[i + 1]
-        elif word.startswith(f"--{name}="):
-            default = word.split("=", 1)[1]
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") == f"--{name}":
+            default = value if equals else argv[i + 1] if i + 1 < len(argv) else default
     return default
 
 
@@ -248,7 +258,8 @@ def parse_args(argv, policy_type: Literal["seq2seq", "causal"]) -> Args:
         task=name,
         model=task.seq2seq_model if policy_type == "seq2seq" else task.causal_model,
         reward=tuple(task.reward),
-        metrics=tuple(task.metrics),
+        # perplexity of the references is defined for decoder-only models
+        metrics=tuple(m for m in task.metrics if m != "perplexity" or policy_type == "causal"),
         prompt_length=task.prompt_length,
         response_length=task.response_length,
         min_response_length=task.min_response_length,
@@ -287,6 +298,10 @@ def check_args(args, world_size):
         raise UsageError(f"--reward-weights has {len(args.reward_weights)} values for {len(args.reward)} rewards")
     if args.scratch_width % args.scratch_heads:
         raise UsageError(f"--scratch-heads {args.scratch_heads}: must divide --scratch-width {args.scratch_width}")
+    if args.fsdp and "WORLD_SIZE" not in os.environ:
+        raise UsageError("--fsdp: shards over the processes of torchrun; start the script by torchrun")
+    if args.fsdp and "perplexity" in args.metrics:
+        raise UsageError("--metrics perplexity: needs the whole model in one process; name --metrics without it")
     if args.resume and not args.run_dir:
         raise UsageError("--resume: say which run by --run-dir")
     if args.run_dir and Path(args.run_dir).exists() and not args.resume and any(Path(args.run_dir).iterdir()):
@@ -323,11 +338,30 @@ def reduce_sums(sums, device):
     return dict(zip(sums, all_reduce_sum(stacked).tolist(), strict=True))
 
 
+def shard(model, device):
+    """FSDP2: each process keeps a part of every weight, and of its gradient and optimizer state; layers are gathered
+    when they run. model: a policy, or a ValueModel."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = getattr(model, "backbone", model)._no_split_modules
+    for module in [m for m in model.modules() if type(m).__name__ in layers]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 def accumulating(module, more_to_come):
     """A context for a backward pass: with more of the same minibatch to come, gradients are not yet averaged."""
+    for part in module.children():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(not more_to_come)
     if more_to_come and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
+
+
+def clip_gradients(module, max_norm):
+    """Scales the gradients to a norm of at most max_norm. Returns the norm that they had."""
+    norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def gather_objects(thing):
@@ -412,11 +446,14 @@ def check_same_run(saved, config):
 
 
 def save_model(run_dir, policy, tokenizer):
-    """model/, whole at any moment: written aside and renamed."""
+    """Leaves model/ for from_pretrained, written aside and renamed. To be called on all processes; rank 0 writes."""
+    weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     aside, old = run_dir / "model.tmp", run_dir / "model.old"
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    policy.save_pretrained(aside)
+    policy.save_pretrained(aside, state_dict=weights)
     tokenizer.save_pretrained(aside)
     if (run_dir / "model").exists():
         (run_dir / "model").rename(old)
@@ -457,14 +494,17 @@ def save_checkpoint(run_dir, state):
 
 
 def load_checkpoint(run_dir):
-    """The state that was saved last, or None. UsageError if the file is not what was written."""
+    """The state that was saved last, or None. UsageError if a file is not what was written."""
     latest = run_dir / "checkpoint" / "latest.json"
     if not latest.exists():
         return None
-    known = json.loads(latest.read_text())
-    file = latest.parent / known[0]["file"]
-    if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != known[0]["sha256"]:
-        way_out = f"; to go on from {known[1]['file']}, remove the first entry of {latest}" if len(known) > 1 else ""
+    try:
+        known = [(entry["file"], entry["sha256"]) for entry in json.loads(latest.read_text())]
+        file, checksum = latest.parent / known[0][0], known[0][1]
+    except (ValueError, TypeError, KeyError, IndexError):
+        raise UsageError(f"{latest}: damaged; without it, --resume starts the run anew") from None
+    if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
+        way_out = f"; to go on from {known[1][0]}, remove the first entry of {latest}" if len(known) > 1 else ""
         raise UsageError(f"{file}: damaged, its checksum is not the one that was written{way_out}")
     return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -479,7 +519,7 @@ def plot_curves(run_dir):
         panels[f"eval/val/{name}"] = [(r["iteration"], r[name]) for r in val]
     panels = {name: points for name, points in panels.items() if points}
     columns = 4
-    figure = Figure(figsize=(4 * columns, 3 * math.ceil(len(panels) / columns)), layout="constrained")
+    figure = Figure(figsize=(4 * columns, 3 * math.ceil(len(panels) / columns)), layout="tight")
     for i, (name, points) in enumerate(panels.items()):
         axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, i + 1)
         axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, markersize=3)
@@ -613,12 +653,11 @@ def prompt_and_response(query_mask, length):
 
 
 def start_decoding(policy, queries, query_mask, length):
-    """Returns what decode_step needs, and its first input: the decoder's start token (B, 1), or the prompts (B, Q)."""
+    """What decode_step needs, and its first input: the decoder's start token (B, 1)."""
     if policy.config.is_encoder_decoder:
-        encoder_outputs = policy.get_encoder()(input_ids=queries, attention_mask=query_mask)
         cache = EncoderDecoderCache(DynamicCache(config=policy.config), DynamicCache(config=policy.config))
         start = queries.new_full((len(queries), 1), policy.config.decoder_start_token_id)
-        return dict(encoder_outputs=encoder_outputs, attention_mask=query_mask, past_key_values=cache), start
+        return dict(input_ids=queries, attention_mask=query_mask, past_key_values=cache), start
     mask, position_ids = prompt_and_response(query_mask, length)
     return dict(mask=mask, position_ids=position_ids, cache=DynamicCache(config=policy.config)), queries
 
@@ -626,7 +665,10 @@ def start_decoding(policy, queries, query_mask, length):
 def decode_step(policy, state, inputs):
     """Logits (B, V) of the next response token; inputs (B, n) are the tokens that the cache has not seen."""
     if policy.config.is_encoder_decoder:
-        return policy(decoder_input_ids=inputs, use_cache=True, **state).logits[:, -1]
+        outputs = policy(decoder_input_ids=inputs, use_cache=True, **state)
+        state.pop("input_ids", None)  # the encoder runs once
+        state["encoder_outputs"] = (outputs.encoder_last_hidden_state,)
+        return outputs.logits[:, -1]
     seen = state["cache"].get_seq_length()
     now = seen + inputs.shape[1]
     outputs = policy(
@@ -736,9 +778,20 @@ def make_optimizer(agent, name, learning_rate):
 
 
 def fingerprint(model):
-    """The sum of all weights and of their squares: what tells the model of another run."""
-    weights = [p.detach().double() for p in model.parameters()]
-    return [sum(w.sum().item() for w in weights), sum(w.square().sum().item() for w in weights)]
+    """A checksum of the weights: what tells the model of another run."""
+    checksum = hashlib.sha256()
+    for weight in model.parameters():
+        checksum.update(weight.detach().cpu().numpy().data)
+    return checksum.hexdigest()
+
+
+def all_ended(finished, policy):
+    """Whether sampling is over; the holders of a sharded policy take every step together, as each needs all parts."""
+    ended = finished.all()
+    if isinstance(policy, FSDPModule):
+        ended = ended.int()
+        dist.all_reduce(ended, dist.ReduceOp.MIN)
+    return ended
 
 
 def keep_top_k(logits, k):
@@ -769,7 +822,7 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad
         kept_mass.append((restricted.logsumexp(-1) - logits.logsumexp(-1)).exp())
         inputs = tokens.unsqueeze(1)
         finished = finished | (tokens == behaviour["eos_id"])
-        if (t + 1) % ask_every == 0 and finished.all():
+        if (t + 1) % ask_every == 0 and all_ended(finished, policy):
             break
     return torch.stack(responses, 1), torch.stack(kept_mass, 1)
 
@@ -780,6 +833,9 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad
 @torch.inference_mode()
 def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, pad_id):
     """The best of num_beams responses, (B, <=T) padded behind EOS; the search is transformers' own."""
+    sharded = isinstance(policy, FSDPModule)
+    if sharded:
+        policy.unshard()  # its embeddings, as generate runs the encoder by itself
     output = policy.generate(
         input_ids=queries,
         attention_mask=query_mask.long(),
@@ -790,6 +846,7 @@ def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, 
         max_new_tokens=response_length,
         eos_token_id=eos_id,
         pad_token_id=pad_id,
+        synced_gpus=sharded,
     )
     # without the decoder's start token, or the prompt
     return output[:, 1 if policy.config.is_encoder_decoder else queries.shape[1] :]
@@ -798,7 +855,8 @@ def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, 
 def decode_split(policy, tokenizer, samples, task, args, device):
     """Responses to this process' share of the samples, by the task's way of decoding: {index: text}."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    own, texts = list(range(rank, len(samples), world_size)), {}
+    rounds = math.ceil(len(samples) / world_size)  # equal for all: the last may come to a sample that another has too
+    own, texts = [(rank + world_size * i) % len(samples) for i in range(rounds)], {}
     decoding, eos_id, pad_id = task.generation, tokenizer.eos_token_id, tokenizer.pad_token_id
     behaviour = dict(
         temperature=decoding.get("temperature", 1.0), min_response_length=decoding.get("min_length", 0), eos_id=eos_id
@@ -848,7 +906,6 @@ def evaluate(policy, samples, split, iteration, tokenizer, metrics, task, args, 
         lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
         (run_dir / "predictions" / f"{split}_{iteration}.jsonl").write_text("".join(lines))
         append_jsonl(run_dir / "eval.jsonl", row)
-        plot_curves(run_dir)
         tqdm.write(f"--- {split} after {iteration} iterations: {len(samples)} samples")
         tqdm.write("\n".join(f"    {name:<32} {row[name]:.4f}" for name in list(row)[2:]))
         for prediction in predictions[:2]:
@@ -888,6 +945,7 @@ def micro_batch(rows, queries, query_mask, query_lengths, responses, response_le
 if __name__ == "__main__":
     # ---------------------------------------------------------------- set-up; what is wrong is said before models load
     signals = install_signal_handlers()
+    transformers.utils.logging.disable_progress_bar()
     try:
         args = parse_args(sys.argv[1:], flag_value(sys.argv, "policy-type", Args.policy_type))
         task = get_task(args.task)
@@ -915,10 +973,14 @@ if __name__ == "__main__":
 
     policy, tokenizer = load_model(args, [text for s in train for text in (s.prompt, *s.references)])
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    policy.to(device)
+    start_model = dict(start_model=fingerprint(policy))
     reference = copy.deepcopy(policy).requires_grad_(False)
     torch.manual_seed(args.seed)  # of the value head
-    value_model = ValueModel(value_backbone(policy)).to(device)
+    value_model = ValueModel(value_backbone(policy))
+    for model in (policy, reference, value_model):
+        if args.fsdp:
+            shard(model, device)
+        model.to(device)
     behaviour = dict(temperature=args.temperature, min_response_length=args.min_response_length, eos_id=eos_id)
     agent = Agent(policy, value_model, behaviour)
     optimizer = make_optimizer(agent, args.optimizer, args.learning_rate)
@@ -928,17 +990,17 @@ if __name__ == "__main__":
     # ---------------------------------------------------------------- the run folder, and the checkpoint to go on from
     run_name = f"{Path(args.task).stem}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d_%H%M%S}"
     run_dir = Path(args.run_dir or f"runs/{gather_objects(run_name)[0]}")
-    config = asdict(args) | {"start_model_fingerprint": fingerprint(policy), "world_size": world_size}
+    config = asdict(args) | start_model | {"world_size": world_size}
     lock, checkpoint = open_run_dir(run_dir, config, args, rank)
     iteration, kl_coef = 0, args.kl_coef
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=args.fsdp)  # checkpoints do not know of processes
     if checkpoint:
-        policy.load_state_dict(checkpoint["policy"])
-        value_model.load_state_dict(checkpoint["value_model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        saved = dict(model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"])
+        set_state_dict(agent, optimizer, **saved, options=whole)
         iteration, kl_coef = checkpoint["iteration"], checkpoint["kl_coef"]
     trained = agent
-    if dist.is_initialized():
-        trained = DistributedDataParallel(agent, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if dist.is_initialized() and not args.fsdp:
+        trained = DistributedDataParallel(agent, forward_sync_buffers=False, gradient_as_bucket_view=True)
     executor = concurrent.futures.ThreadPoolExecutor(1)  # computes rewards while the models work
     if rank == 0:
         print(f"{run_dir}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} training prompts")
@@ -1040,7 +1102,7 @@ if __name__ == "__main__":
                 # a mean over the tokens of the whole batch; the processes' gradients will be averaged
                 ((loss * mask).sum() / num_tokens * world_size).backward()
             update_sums += (torch.stack([pg_loss, v_loss]).detach() * mask).sum((1, 2))
-        grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        grad_norm = clip_gradients(agent, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         update_ended = seconds(device)
@@ -1111,24 +1173,21 @@ if __name__ == "__main__":
         done, stopping = iteration == args.num_iterations, any(gather_objects(bool(signals)))
         if done or iteration % args.eval_every == 0:
             evaluate(policy, val, "val", iteration, *evaluation)
-        if rank == 0 and (done or stopping or iteration % args.save_every == 0):
-            state = dict(
-                iteration=iteration,
-                kl_coef=kl_coef,
-                policy=policy.state_dict(),
-                value_model=value_model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                config=json.dumps(config),
-            )
-            save_checkpoint(run_dir, state)
+        if done or stopping or iteration % args.save_every == 0:
+            model_state, optimizer_state = get_state_dict(agent, optimizer, options=whole)
+            state = dict(iteration=iteration, kl_coef=kl_coef, config=json.dumps(config))
+            if rank == 0:
+                save_checkpoint(run_dir, state | dict(model=model_state, optimizer=optimizer_state))
+                plot_curves(run_dir)
         if stopping:
             break
 
     progress.close()
     if iteration == args.num_iterations:
         evaluate(policy, test, "test", iteration, *evaluation)
+    save_model(run_dir, policy, tokenizer)
     if rank == 0:
-        save_model(run_dir, policy, tokenizer)
+        plot_curves(run_dir)
         go_on = f"; go on with --run-dir {run_dir} --resume" if iteration < args.num_iterations else ""
         print(f"{run_dir}: {iteration} of {args.num_iterations} iterations done{go_on}", flush=True)
     if dist.is_initialized():

@@ -75,7 +75,11 @@ def score_texts(reward_functions, reward_weights, samples, generations, response
         if len(values) != len(samples):
             raise ValueError(f"{name} returned {len(values)} values for {len(samples)} samples")
         for i, value in enumerate(values):
-            array, length = np.asarray(value), int(response_lengths[i])
+            length = int(response_lengths[i])
+            try:
+                array = np.asarray(value)
+            except ValueError:  # a ragged list
+                array = np.asarray(None)
             if array.dtype.kind not in "biuf" or array.shape not in ((), (length,)) or not np.isfinite(array).all():
                 raise ValueError(
                     f"{name} returned {value!r:.60} for sample {samples[i].id}: must be a finite number, or a list "
