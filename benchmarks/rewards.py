@@ -4,7 +4,8 @@
 
 Texts are made-up words drawn by Zipf's law, with punctuation; half of each text's words are its reference's at the same
 place. "first" is the first visit of references, "again" new texts for the same references, as in later epochs and
-evaluations: the best of the rounds each. METEOR and TER use a pool of one process per core (here one).
+evaluations: the best of the rounds each. Seconds are of this process's CPU time, so that other work on the machine does
+not count; for METEOR and TER, which use a pool of processes, they are of the clock.
 
 Learned rewards cost what their model costs. They are measured only with --models FOLDER, which holds a sequence
 classifier with NLI labels under `nli` and a T5 under `t5`, such as tests/tiny_models.py makes.
@@ -52,15 +53,9 @@ def make_meta(rng: random.Random, vocabulary) -> dict:
     return {"raw_table": {**table, "overlap_subset": True}, "concepts": ["one", "two", "three"], "intent": 1}
 
 
-def seconds(function, *arguments) -> float:
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-def measure(scorer, references_each: int, rounds: int) -> tuple[float, float]:
+def measure(scorer, clock, seed: str, references_each: int, rounds: int) -> tuple[float, float]:
     """Texts per second at the first visit of references, and at the next."""
-    rng = random.Random(0)
+    rng = random.Random(seed)  # of its own for each name: words and references seen before would be remembered
     vocabulary = make_vocabulary(rng)
     prompts = ["generate a sentence with: one two three."] * TEXTS
     first, again = [], []
@@ -71,7 +66,9 @@ def measure(scorer, references_each: int, rounds: int) -> tuple[float, float]:
             scorer.prepare(references)
         for times in (first, again):
             texts = [near(rng, group[0], vocabulary) for group in references]
-            times.append(seconds(scorer, prompts, texts, references, metas))
+            start = clock()
+            scorer(prompts, texts, references, metas)
+            times.append(clock() - start)
     return TEXTS / min(first), TEXTS / min(again)
 
 
@@ -94,5 +91,6 @@ if __name__ == "__main__":
                 print(f"{kind} {name:21}  {NOT_MEASURED.get(name, 'costs what its model costs')}")
                 continue
             options = models.get(name, {"model": f"{args.models}/nli"}) if name in WITH_MODEL else {}
-            first, again = measure(make(name, **options), args.references, args.rounds)
+            clock = time.perf_counter if name in ("meteor", "ter") else time.process_time
+            first, again = measure(make(name, **options), clock, f"{kind} {name}", args.references, args.rounds)
             print(f"{kind} {name:21}{first:10.0f}{again:10.0f}", flush=True)

@@ -155,6 +155,14 @@ def test_golden_diversity(monkeypatch):
         assert {key: value for key, (_, value) in result.items()} == pytest.approx(expected, abs=1e-6)
 
 
+def test_msttr_averages_whole_windows():
+    metric = make_metric("diversity")
+    texts = ["a " * 100, "a b " * 100, "what is left"]  # windows with 1, 2 and 2 of 100 words, and a part of one
+    values = metric([""] * 3, texts, [[]] * 3, [{}] * 3)
+    assert values["diversity_metrics/msttr-100"] == (None, 0.01667)
+    assert metric([""], ["a b a"], [[]], [{}])["diversity_metrics/msttr-100"] == (None, 0.66667)
+
+
 def test_golden_missing_concepts():
     for row, expected in zip(SAMPLES, GOLDEN["per_sample"]["missing_concepts"], strict=True):
         if expected is not None:
