@@ -169,7 +169,12 @@ DOCUMENTS = [
     "A paragraph of some length here.\n\nAnother paragraph of such length.",
     "",
 ]
-SUMMARIES = ["A dog was on a mat. So it is. Nobody knew it then.", "", "Some length was here and there.", "A dog was on a mat."]
+SUMMARIES = [
+    "A dog was on a mat. So it is. Nobody knew it then.",
+    "",
+    "Some length was here and there.",
+    "A dog was on a mat.",
+]
 
 
 def images_by_hand(path):
