@@ -101,7 +101,7 @@ def small(name):
 
 
 def distinct(cases, functions):
-    """The cases whose scripts differ in these functions from those of all cases before (test_siblings.py has the rest)."""
+    """The cases whose scripts differ in these functions from all before (test_siblings.py has the rest)."""
     seen = {}
     for name, kind in cases:
         script = importlib.import_module(name)
@@ -187,7 +187,7 @@ def test_one_pass_equals_steps_without_cache(name, model, behaviour):
 
 @pytest.mark.parametrize("name, model", with_models(distinct(RL_CASES, VALUES)))
 def test_values_equal_those_of_every_prefix_alone(name, model):
-    """V(s_t) of the one pass is the head on the last hidden state of prompt and prefix, run alone; with its own copy."""
+    """V(s_t) of the one pass is the head on the last hidden state of prompt and prefix, run alone."""
     script, policy = importlib.import_module(name), small(model)
     torch.manual_seed(1)
     value_model = script.ValueModel(script.value_backbone(policy))
@@ -253,7 +253,7 @@ def naive_sample(policy, prompt, uniform, temperature, min_response_length, top_
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 @pytest.mark.parametrize("name, model", with_models(distinct(PLAIN_CASES, SAMPLING)))
 def test_cached_sampling_equals_uncached(name, model, behaviour, top_k):
-    """With the cache, padded and together, the tokens are those that each row alone gives without; so is top-k's mass."""
+    """With the cache, padded and together, the tokens are those of each row alone without; so is top-k's mass."""
     script, policy = importlib.import_module(name), small(model)
     prompts, queries, query_mask, _ = rollout(MODELS[model][0], lengths=(3, 7, 1, 5, 2, 6, 4, 7))
     uniform = script.uniforms(7, 1, range(len(prompts)), 10)

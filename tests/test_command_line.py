@@ -1,0 +1,510 @@
+"""Wrong command lines, and rewards that go wrong: one clear line, the right exit code, nothing half-written.
+
+A new case is a line in WRONG: the script (or ANY: each in its turn), the words, and what the line must say. {names} in
+words are made by the fixture `things`. What a case does not say itself is filled in: a task, a model, a run folder.
+"""
+
+import json
+import resource
+import shutil
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import script_runs
+import torch
+import transformers
+from script_runs import SCRIPTS, TINY, fields, flags, real_run, run, run_ok
+
+import ppo_seq2seq
+
+ANY = "any"
+RL = "rl"
+WRONG = [
+    # names that are not known
+    (ANY, "--task numbrs", "'numbrs'", "'numbers'"),
+    (ANY, "--task no/such/texts.jsonl", "no/such/texts.jsonl", "known: numbers"),
+    (RL, "--reward rogue1", "'rogue1'", "'rouge1'"),
+    (RL, "--reward rouge1 nonsense", "'nonsense'", "known are"),
+    (ANY, "--metrics rogue", "'rogue'", "'rouge'"),
+    (ANY, "--metrics evaluate:no_such_metric_anywhere", "no_such_metric_anywhere"),
+    (RL, "--reward {folder}/nowhere.py:f", "nowhere.py", "no file"),
+    (RL, "--reward {own}:digts", "'digts'", "'digits'"),
+    (RL, "--reward {own}:NUMBER", "NUMBER"),
+    (RL, "--reward {own}:two_arguments", "two_arguments"),
+    (RL, "--reward {broken}:f", "broken.py", "SyntaxError"),
+    (RL, "--reward {raising}:f", "raising.py", "no_such_package"),
+    (ANY, "--metrics {folder}/nowhere.py:f", "nowhere.py", "no file"),
+    (ANY, "--metrics {own}:digts", "'digts'", "'digits'"),
+    (ANY, "--model no/such/model", "--model no/such/model", "folder"),
+    (ANY, "--model no-such-model-anywhere", "--model no-such-model-anywhere", "hub"),
+    (ANY, "--model {nothing}", "--model {nothing}"),
+    (ANY, "--model {own}", "--model {own}"),
+    (ANY, "--model {bad_config}", "--model {bad_config}"),
+    (ANY, "--model {config_only}", "--model {config_only}"),
+    (ANY, "--model {no_tokenizer}", "--model {no_tokenizer}", "tokenizer"),
+    ("ppo_seq2seq", "--model {gpt2}", "--model {gpt2}", "decoder-only", "causal"),
+    ("nlpo_seq2seq", "--model {gpt2}", "--model {gpt2}", "decoder-only", "causal"),
+    ("ppo_causal", "--model {t5}", "--model {t5}", "encoder-decoder", "seq2seq"),
+    ("nlpo_causal", "--model {t5}", "--model {t5}", "encoder-decoder", "seq2seq"),
+    ("ppo_causal", "--model {picture}", "--model {picture}", "vit"),
+    ("a2c", "--model {picture}", "--model {picture}", "vit"),
+    # flags
+    (ANY, "--lerning-rate 0.1", "--lerning-rate", "--learning-rate"),
+    (ANY, "--no-such-flag 3", "--no-such-flag"),
+    (ANY, "extra", "extra"),
+    (ANY, "--batch-size many", "--batch-size", "many"),
+    (ANY, "--batch-size 8.5", "--batch-size", "8.5"),
+    (ANY, "--batch-size", "--batch-size"),
+    (ANY, "--learning-rate fast", "--learning-rate", "fast"),
+    (ANY, "--dtype float16", "--dtype", "float16", "bfloat16"),
+    (ANY, "--cuda maybe", "maybe"),
+    (RL, "--target-kl little", "--target-kl", "little"),
+    ("a2c", "--policy-type decoder", "--policy-type", "decoder", "causal"),
+    ("supervised", "--policy-type decoder", "--policy-type", "decoder", "causal"),
+    ("a2c", "--optimizer sgd", "--optimizer", "sgd", "rmsprop"),
+    ("supervised", "--reward rouge1", "--reward"),
+    ("nlpo_seq2seq", "--mask-type top_q", "--mask-type", "top_q", "learned_top_p"),
+    ("nlpo_causal", "--top-mask 1.5", "--top-mask", "1.5"),
+    # numbers out of range
+    (ANY, "--batch-size 0", "--batch-size 0", "at least 1"),
+    (ANY, "--batch-size -8", "--batch-size -8", "at least 1"),
+    (ANY, "--micro-batch-size 0", "--micro-batch-size 0", "at least 1"),
+    (RL, "--sample-batch-size 0", "--sample-batch-size 0", "at least 1"),
+    (ANY, "--eval-batch-size -1", "--eval-batch-size -1", "at least 1"),
+    (RL, "--num-iterations 0", "--num-iterations 0", "at least 1"),
+    ("supervised", "--num-epochs 0", "--num-epochs 0", "at least 1"),
+    ("ppo_seq2seq", "--num-minibatches 0", "--num-minibatches 0", "at least 1"),
+    ("ppo_causal", "--update-epochs 0", "--update-epochs 0", "at least 1"),
+    (ANY, "--learning-rate 0", "--learning-rate 0", "between"),
+    (ANY, "--learning-rate -1e-3", "--learning-rate -0.001", "between"),
+    (ANY, "--learning-rate nan", "--learning-rate nan", "between"),
+    (ANY, "--learning-rate 3", "--learning-rate 3", "between"),
+    (RL, "--gamma 1.5", "--gamma 1.5", "between"),
+    (RL, "--gae-lambda -0.1", "--gae-lambda -0.1", "between"),
+    ("ppo_seq2seq", "--clip-coef 0", "--clip-coef 0", "at least"),
+    ("nlpo_seq2seq", "--clip-vf-coef -1", "--clip-vf-coef -1", "at least"),
+    ("ppo_causal", "--early-stop-kl 0", "--early-stop-kl 0", "at least"),
+    (RL, "--ent-coef -0.5", "--ent-coef -0.5", "at least 0"),
+    (RL, "--ent-coef inf", "--ent-coef inf"),
+    (RL, "--vf-coef -1", "--vf-coef -1", "at least 0"),
+    (RL, "--vf-coef inf", "--vf-coef inf"),
+    (ANY, "--max-grad-norm 0", "--max-grad-norm 0", "at least"),
+    (RL, "--kl-coef -0.1", "--kl-coef -0.1", "at least 0"),
+    (RL, "--kl-coef nan", "--kl-coef nan", "at least 0"),
+    (RL, "--target-kl 0", "--target-kl 0", "at least"),
+    (RL, "--temperature 0", "--temperature 0", "at least"),
+    (RL, "--temperature inf", "--temperature inf"),
+    (RL, "--top-k -1", "--top-k -1", "at least 0"),
+    (ANY, "--eval-every 0", "--eval-every 0", "at least 1"),
+    (ANY, "--save-every 0", "--save-every 0", "at least 1"),
+    (ANY, "--eval-samples -1", "--eval-samples -1", "at least 0"),
+    (ANY, "--seed -1", "--seed -1", "between"),
+    (ANY, "--prompt-length 0", "--prompt-length 0", "at least 1"),
+    (ANY, "--response-length -5", "--response-length -5", "at least 1"),
+    (RL, "--min-response-length -1", "--min-response-length -1", "at least 0"),
+    (ANY, "--scratch-vocab-size 100", "--scratch-vocab-size 100", "260"),
+    (ANY, "--scratch-width 0", "--scratch-width 0", "at least 8"),
+    (ANY, "--scratch-layers 0", "--scratch-layers 0", "at least 1"),
+    (ANY, "--scratch-heads 0", "--scratch-heads 0", "at least 1"),
+    # what does not go together
+    ("ppo_seq2seq", "--batch-size 10 --num-minibatches 4", "--batch-size 10", "--num-minibatches 4"),
+    ("nlpo_causal", "--batch-size 9 --num-minibatches 2", "--batch-size 9", "--num-minibatches 2"),
+    ("ppo_causal", "WORLD_SIZE=3 --batch-size 8 --num-minibatches 2", "--batch-size 8", "3 processes", "6"),
+    ("a2c", "WORLD_SIZE=3 --batch-size 8", "--batch-size 8", "3 processes"),
+    ("trpo", "WORLD_SIZE=3 --batch-size 8", "--batch-size 8", "3 processes"),
+    ("supervised", "WORLD_SIZE=3 --batch-size 8", "--batch-size 8", "3 processes"),
+    (ANY, "--scratch-width 32 --scratch-heads 3", "--scratch-heads 3", "--scratch-width 32"),
+    (RL, "--min-response-length 20 --response-length 20", "--min-response-length 20", "--response-length 20"),
+    ("ppo_seq2seq", "--model {bart} --prompt-length 40 --response-length 9", "--prompt-length", "40", "32"),
+    ("a2c", "--model {bart} --prompt-length 9 --response-length 40", "--response-length", "40", "32"),
+    ("ppo_causal", "--model {gpt2} --prompt-length 30 --response-length 10", "40", "32"),
+    ("supervised", "--model {gpt2} --prompt-length 30 --response-length 10", "40", "32"),
+    (RL, "--reward-weights 1 2", "--reward-weights", "2", "1"),
+    (RL, "--reward rouge1 rouge2 --reward-weights 1", "--reward-weights", "1", "2"),
+    (RL, "--reward-weights nan", "--reward-weights", "nan"),
+    (RL, "--reward-weights inf", "--reward-weights", "inf"),
+    (RL, "--reward rouge1 rouge1", "rouge1", "twice"),
+    (RL, "--reward", "--reward"),
+    (RL, "--reward-kwargs min_token 3", "'min_token'", "'min_tokens'"),
+    (RL, "--reward-kwargs rouge1.x 3", "rouge1", "increasing_numbers.x"),
+    (RL, "--reward-kwargs min_tokens", "--reward-kwargs", "key-value"),
+    (RL, "--reward-kwargs min_tokens many", "min_tokens", "many"),
+    (ANY, "--metric-kwargs nonsense 3", "'nonsense'", "min_tokens"),
+    (ANY, "--task-kwargs samples 3", "'samples'", "'n_samples'"),
+    (ANY, "--task-kwargs n_samples many", "n_samples", "many"),
+    (ANY, "--task-kwargs n_samples 0", "n_samples", "0", "at least 1"),
+    # data
+    (ANY, "--task cnn_dm --data no/such/folder", "--data no/such/folder"),
+    (ANY, "--task cnn_dm --data {own}", "{own}", "folder"),
+    (ANY, "--task cnn_dm --data {texts}", "article", "prompt"),
+    (ANY, "--task cnn_dm --data {no_val}", "{no_val}", "val", "train.jsonl"),
+    (ANY, "--task cnn_dm", "cnn_dm", "--data"),
+    (ANY, "--task numbers --data {texts}", "--data", "{texts}"),
+    (ANY, "--task {texts} --data {texts}", "--data {texts}"),
+    (ANY, "--task {no_val}", "{no_val}", "val", "train.jsonl"),
+    (ANY, "--task {nothing}", "{nothing}", "train"),
+    (ANY, "--task {empty_val}", "{empty_val}", "validation.jsonl", "empty"),
+    (ANY, "--task {not_json}", "{not_json}", "line 2"),
+    (ANY, "--task {no_prompt}", "'prompt'", "promt"),
+    (ANY, "--task {few_rows}", "{few_rows}", "3 rows"),
+    (ANY, "--task {bad_references}", "'references'", "line 1"),
+    (RL, "--task {no_references} --reward rouge1 --metrics diversity", "'rouge1'", "references"),
+    (RL, "--task {no_references} --reward {own}:digits --metrics rouge", "'rouge'", "references"),
+    ("supervised", "--task {no_references} --metrics diversity", "{no_references}", "references"),
+    (RL, "--reward parent", "'parent'", "meta"),
+    # the run folder
+    (ANY, "--run-dir {exists}", "--run-dir {exists}", "--resume", "another folder"),
+    (ANY, "--run-dir {own}", "--run-dir {own}", "folder"),
+    (ANY, "--run-dir {own}/run", "--run-dir {own}/run"),
+    (ANY, "--resume", "--resume", "--run-dir"),
+    (ANY, "--resume --run-dir {exists_without_checkpoint_file}", "{exists_without_checkpoint_file}", "iteration_7.pt"),
+]
+
+OWN = '''
+"""Rewards and metrics that go wrong, each in its way."""
+import math
+import time
+
+NUMBER = 3
+calls = 0
+
+
+def digits(prompts, generations, references, metas):
+    return [sum(c.isdigit() for c in g) / max(len(g), 1) for g in generations]
+
+
+def two_arguments(prompts, generations):
+    return [1.0] * len(prompts)
+
+
+def changed(prompts, change):
+    """Good values at first; from the second call on, what goes wrong, so that there is a checkpoint before."""
+    global calls
+    calls += 1
+    values = [0.5] * len(prompts)
+    return change(values) if calls > 1 else values
+
+
+def replaced(values, bad):
+    values[1] = bad
+    return values
+
+
+def fails(values):
+    raise RuntimeError("the reward is\\nout of order")
+
+
+def fails_on_one(prompts, generations, references, metas):
+    return changed(prompts, lambda values: [1.0 / (i - 1) for i in range(len(values))])
+
+
+def raises(prompts, generations, references, metas):
+    return changed(prompts, fails)
+
+
+def exits(prompts, generations, references, metas):
+    return changed(prompts, lambda values: exit(3))
+
+
+def nan(prompts, generations, references, metas):
+    return changed(prompts, lambda values: replaced(values, math.nan))
+
+
+def inf(prompts, generations, references, metas):
+    return changed(prompts, lambda values: replaced(values, -math.inf))
+
+
+def none(prompts, generations, references, metas):
+    return changed(prompts, lambda values: replaced(values, None))
+
+
+def strings(prompts, generations, references, metas):
+    return changed(prompts, lambda values: replaced(values, "0.5"))
+
+
+def nothing(prompts, generations, references, metas):
+    return changed(prompts, lambda values: None)
+
+
+def too_few(prompts, generations, references, metas):
+    return changed(prompts, lambda values: values[:-1])
+
+
+def one_number(prompts, generations, references, metas):
+    return changed(prompts, lambda values: 0.5)
+
+
+def lists_too_long(prompts, generations, references, metas):
+    return changed(prompts, lambda values: [[0.1] * 99 for _ in values])
+
+
+def prints(prompts, generations, references, metas):
+    print("noise " * 200000)
+    return [0.5] * len(prompts)
+
+
+def sleeps(prompts, generations, references, metas):
+    time.sleep(0.3)
+    return [0.5] * len(prompts)
+
+
+def numpy_values(prompts, generations, references, metas):
+    import numpy as np
+    return np.full(len(prompts), 0.5, dtype=np.float32)
+
+
+def metric_raises(prompts, generations, references, metas, model=None, tokenizer=None):
+    raise RuntimeError("the metric is out of order")
+
+
+def metric_number(prompts, generations, references, metas, model=None, tokenizer=None):
+    return 0.5
+
+
+def metric_numpy(prompts, generations, references, metas, model=None, tokenizer=None):
+    import numpy as np
+    return {"own": (np.ones(len(prompts), dtype=np.float32), np.float32(1.0))}
+
+
+def metric_few(prompts, generations, references, metas, model=None, tokenizer=None):
+    return {"own": ([1.0], 1.0)}
+'''
+
+
+def write_rows(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def things(tmp_path_factory, texts):
+    """{name: path} of what the command lines name."""
+    folder = tmp_path_factory.mktemp("things")
+    row = {"prompt": "one two", "references": ["three"]}
+    (folder / "own.py").write_text(OWN)
+    (folder / "broken.py").write_text("def f(:\n")
+    (folder / "raising.py").write_text("import no_such_package\n")
+    (folder / "nothing").mkdir()
+    write_rows(folder / "no_val" / "train.jsonl", [row])
+    for split, rows in {"train": [row], "validation": [], "test": [row]}.items():
+        write_rows(folder / "empty_val" / f"{split}.jsonl", rows)
+    for split in ("train", "validation", "test"):
+        write_rows(folder / "no_references" / f"{split}.jsonl", [{"prompt": "one two three"}] * 4)
+    (folder / "not_json.jsonl").write_text(json.dumps(row) + "\n{'prompt': 3}\n" + (json.dumps(row) + "\n") * 10)
+    write_rows(folder / "no_prompt.jsonl", [{"promt": "one"}] * 12)
+    write_rows(folder / "few_rows.jsonl", [row] * 3)
+    write_rows(folder / "bad_references.jsonl", [{"prompt": "one", "references": [1]}] * 12)
+    (folder / "exists").mkdir()
+    (folder / "exists" / "metrics.jsonl").write_text("mine\n")
+    write_rows(folder / "exists_without_checkpoint_file" / "checkpoint" / "x", [])
+    latest = folder / "exists_without_checkpoint_file" / "checkpoint" / "latest.json"
+    latest.write_text(json.dumps([{"file": "iteration_7.pt", "sha256": "0"}]))
+
+    tokenizer = ppo_seq2seq.train_tokenizer(["one two three four"] * 9, 280, ends_with_eos=True)
+    ids = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    sizes = {f"{p}_{n}": 2 for p in ("encoder", "decoder") for n in ("layers", "attention_heads", "ffn_dim")}
+    torch.manual_seed(0)
+    models = {
+        "t5": transformers.T5ForConditionalGeneration(
+            transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0, **ids)
+        ),
+        "bart": transformers.BartForConditionalGeneration(
+            transformers.BartConfig(d_model=8, max_position_embeddings=32, decoder_start_token_id=1, **sizes, **ids)
+        ),
+        "gpt2": transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_positions=32, n_embd=8, n_layer=1, n_head=2, **ids)
+        ),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    shutil.copytree(folder / "t5", folder / "no_tokenizer", ignore=lambda _, names: [n for n in names if "token" in n])
+    (folder / "config_only").mkdir()
+    shutil.copy(folder / "t5" / "config.json", folder / "config_only")
+    (folder / "bad_config").mkdir()
+    (folder / "bad_config" / "config.json").write_text("{")
+    (folder / "picture").mkdir()
+    (folder / "picture" / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    named = {path.name.split(".")[0]: str(path) for path in folder.iterdir()}
+    return named | {"folder": str(folder), "texts": str(texts)}
+
+
+def flag_names(words):
+    return {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
+
+
+def spread(cases):
+    """The cases with ANY and RL replaced by one script each, in turn; those of scripts that are not there left out."""
+    turns = {ANY: cycle(SCRIPTS), RL: cycle([name for name in SCRIPTS if name != "supervised"])}
+    for script, line, *told in cases:
+        # the two that know only one policy type cannot be given the models of the other
+        script = next(turns[script]) if script in turns else script
+        if "{config_only}" in line or "{no_tokenizer}" in line:
+            script = "a2c" if "a2c" in SCRIPTS else "ppo_seq2seq"
+        if script in SCRIPTS:
+            yield pytest.param(script, line, told, id=f"{script} {line}")
+
+
+def complete(script, line, things):
+    """Environment and words of a case, with what it does not say itself filled in, so that only one thing is wrong."""
+    words = [word.format(**things) for word in line.split()]
+    env = dict(word.split("=") for word in words if word.startswith("WORLD_SIZE"))
+    words, given = [word for word in words if not word.startswith("WORLD_SIZE")], flag_names(words)
+    missing = TINY | dict(task="numbers", run_dir="run", num_iterations=1, num_epochs=1)
+    missing.pop("metrics")
+    if line == "--resume":
+        missing.pop("run_dir")
+    # what is wrong stands last: a list takes all words up to the next flag
+    return env, [*flags(script, **{name: value for name, value in missing.items() if name not in given}), *words]
+
+
+def assert_one_line(result, script, code, told):
+    assert "Traceback" not in result.stderr, result.stderr
+    assert result.code == code, f"exit code {result.code}: {result.stdout}\n{result.stderr}"
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, f"{len(lines)} lines:\n{result.stderr}"
+    assert lines[0].startswith(f"{script}.py: error: ")
+    for text in told:
+        assert text in lines[0], f"{text!r} is not in: {lines[0]}"
+
+
+def contents(folder):
+    """{path: bytes} of all files, without Python's own and the (empty) lock of a run."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if path.name != ".lock" and path.suffix != ".pyc"}
+
+
+@pytest.mark.parametrize("script, line, told", spread(WRONG))
+def test_wrong_command_line(script, line, told, things, tmp_path):
+    env, words = complete(script, line, things)
+    before = contents(things["folder"])
+    result = run(script, words, tmp_path, timeout=30, env=env)
+    assert_one_line(result, script, 2, [text.format(**things) for text in told])
+    assert result.stdout == ""
+    left = [path.name for path in tmp_path.iterdir() if not path.name.startswith("output_")]
+    assert left == [], f"left behind: {left}"
+    assert contents(things["folder"]) == before
+
+
+def test_there_are_sixty_cases():
+    assert len(WRONG) >= 60
+
+
+def test_forked_runs_are_like_real_ones(things, tmp_path):
+    """The same code, stdout and stderr from `python SCRIPT ...`, which takes less than 10 seconds of a processor."""
+    lines = ["--task numbrs", "--lerning-rate 0.1", "--model {nothing}"]
+    for script, line in zip(cycle(SCRIPTS), lines, strict=False):
+        _, words = complete(script, line, things)
+        forked, before = run(script, words, tmp_path), resource.getrusage(resource.RUSAGE_CHILDREN)
+        real, after = real_run(script, words, tmp_path), resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert (forked.code, forked.stdout, forked.stderr) == (real.code, real.stdout, real.stderr)
+        # the processor's seconds: a busy machine is none of the script's fault
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+def test_track_without_wandb_is_told_before_anything_starts(tmp_path):
+    (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\")\n")
+    words = flags("ppo_seq2seq", task="numbers", run_dir="run", track=True, **TINY)
+    result = real_run("ppo_seq2seq", words, tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert_one_line(result, "ppo_seq2seq", 2, ["wandb"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_error_under_torchrun_is_said_once(things, tmp_path):
+    """Two processes, one line of ours."""
+    words = flags("ppo_causal", task="numbers", model="scratch", learning_rate=-1, run_dir="run")
+    result = real_run("ppo_causal", words, tmp_path, torchrun=2)
+    assert result.code != 0
+    assert result.stderr.count("--learning-rate -1.0: must be") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ errors in the run
+
+
+RUNTIME = [
+    ("raises", "iteration 2", "the reward is out of order", "own.py"),
+    ("fails_on_one", "iteration 2", "ZeroDivisionError", "own.py"),
+    ("exits", "iteration 2"),
+    ("nan", "iteration 2", "nan", "sample train-"),
+    ("inf", "iteration 2", "inf", "sample train-"),
+    ("none", "iteration 2", "None", "sample train-"),
+    ("strings", "iteration 2", "'0.5'", "sample train-"),
+    ("nothing", "iteration 2", "nothing", "None"),
+    ("too_few", "iteration 2", "too_few", "7 values", "8 samples"),
+    ("one_number", "iteration 2", "one_number", "0.5"),
+    ("lists_too_long", "iteration 2", "lists_too_long", "sample train-"),
+]
+RL_SCRIPTS = [name for name in SCRIPTS if name != "supervised"]
+
+
+@pytest.mark.parametrize(
+    "script, function, told", [(s, f, told) for s, (f, *told) in zip(cycle(RL_SCRIPTS), RUNTIME, strict=False)]
+)
+def test_reward_that_goes_wrong(script, function, told, things, texts, tmp_path):
+    """One line that names the iteration, and the sample where known; exit code 1; the checkpoint before is whole."""
+    settings = TINY | dict(save_every=1, num_iterations=3)
+    words = flags(script, task=texts, reward=f"{things['own']}:{function}", run_dir="run", **settings)
+    result = run(script, words, tmp_path)
+    assert_one_line(result, script, 1, told)
+    metrics = script_runs.rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["iteration"] for row in metrics] == [1]
+    checkpoint = ppo_seq2seq.load_checkpoint(tmp_path / "run")
+    assert checkpoint["iteration"] == 1
+
+
+def test_reward_that_goes_wrong_in_one_of_two_processes(things, texts, tmp_path):
+    """Both processes end, with one line, although only one has the sample."""
+    settings = TINY | dict(save_every=1, num_iterations=3)
+    words = flags("ppo_seq2seq", task=texts, reward=f"{things['own']}:nan", run_dir="run", **settings)
+    result = run("ppo_seq2seq", words, tmp_path, processes=2)
+    assert result.code == 1 and "iteration 2" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("function", ["prints", "sleeps", "numpy_values"])
+def test_reward_that_is_odd_but_right(function, things, texts, tmp_path):
+    settings = TINY | dict(num_iterations=2)
+    run_ok("ppo_seq2seq", flags("ppo_seq2seq", task=texts, reward=f"{things['own']}:{function}", **settings), tmp_path)
+
+
+METRICS = {"metric_raises": "the metric is out of order", "metric_number": "own.py", "metric_few": "own"}
+
+
+@pytest.mark.parametrize("function", METRICS)
+def test_metric_that_goes_wrong(function, things, texts, tmp_path):
+    script = "supervised" if "supervised" in SCRIPTS else "ppo_seq2seq"
+    words = flags(script, task=texts, run_dir="run", **TINY | dict(metrics=f"{things['own']}:{function}"))
+    assert_one_line(run(script, words, tmp_path), script, 1, ["iteration 0", METRICS[function]])
+
+
+def test_metric_in_numpy_numbers(things, texts, tmp_path):
+    settings = TINY | dict(metrics=f"{things['own']}:metric_numpy", num_iterations=1)
+    run_ok("ppo_seq2seq", flags("ppo_seq2seq", task=texts, run_dir="run", **settings), tmp_path)
+    assert script_runs.rows(tmp_path / "run" / "eval.jsonl")[0]["own"] == 1.0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_model_that_is_not_finite_is_told(script, things, texts, tmp_path):
+    """NaN in the weights: one line that names the iteration, and no checkpoint or model of it."""
+    name = "gpt2" if "causal" in script else "t5"
+    kind = {"gpt2": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM}[name]
+    model = kind.from_pretrained(things[name])
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    shutil.copytree(things[name], tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    settings = TINY | dict(model=tmp_path / "model", prompt_length=8, response_length=8, min_response_length=0)
+    result = run(script, flags(script, task=texts, run_dir="run", **settings), tmp_path)
+    assert_one_line(result, script, 1, ["iteration 1", "finite"])
+    assert not (tmp_path / "run" / "checkpoint").exists() and not (tmp_path / "run" / "model").exists()
+
+
+def test_every_flag_with_a_number_has_limits():
+    """A numeric flag without limits would take -1 silently."""
+    for script in SCRIPTS:
+        module = __import__(script)
+        kinds = (int, float, int | None, float | None)
+        numeric = {name for name, field in fields(script).items() if field.type in kinds}
+        assert len(numeric) > 10
+        assert numeric == set(module.LIMITS), f"{script}: {sorted(numeric ^ set(module.LIMITS))}"

@@ -1,0 +1,268 @@
+"""The scripts share by copying: what has the same name is the same text, but for what is listed here."""
+
+import ast
+import contextlib
+import dataclasses
+import importlib
+import io
+import itertools
+import re
+import sys
+
+import pytest
+from script_runs import ALL_SCRIPTS, ROOT, SCRIPTS, fields
+
+OURS = {"datapools", "rewards"}
+# Scripts of one policy type, and those that know both
+GROUPS = [{"ppo_seq2seq", "nlpo_seq2seq"}, {"ppo_causal", "nlpo_causal"}, {"a2c", "trpo", "supervised"}]
+# Functions that touch the model: the same within each group
+BY_POLICY_TYPE = {
+    "build_scratch_model",
+    "load_config",
+    "load_model",
+    "start_decoding",
+    "decode_step",
+    "response_logits",
+    "response_hidden",
+    "beam_search",
+    "decode_split",
+    "micro_batch",
+}
+# Functions of an algorithm: the scripts in which they may stand otherwise
+BY_ALGORITHM = {
+    "check_args": {"nlpo_seq2seq", "nlpo_causal", "a2c", "trpo", "supervised"},
+    "parse_args": {"supervised"},
+    "Agent": {"nlpo_seq2seq", "nlpo_causal", "trpo"},
+    "make_optimizer": {"a2c", "trpo"},
+    "sample_responses": {"nlpo_seq2seq", "nlpo_causal"},
+    "decode_split": {"nlpo_seq2seq", "nlpo_causal"},
+    "Args": set(ALL_SCRIPTS),  # field by field, below
+}
+# Fields of Args that differ on purpose
+BY_SCRIPT_FIELDS = {
+    "task": {"default"},  # what the policy type is usually shown on
+    "model": {"default", "doc"},
+    "batch_size": {"default", "doc"},
+    "learning_rate": {"default", "doc"},
+    "max_grad_norm": {"default", "doc"},
+    "norm_adv": {"doc"},  # over what
+    "fsdp": {"doc"},  # which models
+    "eval_every": {"default"},
+    "save_every": {"default"},
+    "scratch_layers": {"doc"},
+    "update_epochs": {"default", "doc"},
+    "num_iterations": {"default"},
+    "vf_coef": {"default", "doc"},
+    "num_minibatches": {"default", "doc"},
+}
+
+
+def source(name):
+    return (ROOT / f"{name}.py").read_text()
+
+
+def definitions(name):
+    """Name -> text of every function and class at the top level of a script."""
+    text = source(name)
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    found = {}
+    for node in nodes:
+        lines = text.splitlines()[min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1 : node.end_lineno]
+        found[node.name] = "\n".join(lines)
+    return found
+
+
+def main_loop(name):
+    """The text of the script from `if __name__ ...` on."""
+    return source(name).split('\nif __name__ == "__main__":\n')[1]
+
+
+def documented_fields(name):
+    """Name -> (type, docstring, default) of each field of Args, as written."""
+    node = next(n for n in ast.parse(source(name)).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    found = {}
+    for field, doc in itertools.pairwise([*node.body, None]):
+        if isinstance(field, ast.AnnAssign):
+            documented = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+            text = doc.value.value if documented else ""
+            found[field.target.id] = {
+                "type": ast.unparse(field.annotation),
+                "doc": text,
+                "default": ast.unparse(field.value),
+            }
+    return found
+
+
+def test_same_names_are_the_same_text():
+    texts = {name: definitions(name) for name in SCRIPTS}
+    assert min(map(len, texts.values())) > 20
+    differing = []
+    for one, two in itertools.combinations(SCRIPTS, 2):
+        for name in texts[one].keys() & texts[two].keys():
+            same_group = any({one, two} <= group for group in GROUPS)
+            free = name in BY_POLICY_TYPE and not same_group
+            free |= bool({one, two} & BY_ALGORITHM.get(name, set()))
+            if not free and texts[one][name] != texts[two][name]:
+                differing.append(f"{name} of {one} and {two}")
+    assert not differing, "\n".join(differing)
+
+
+def test_lists_of_exceptions_are_no_longer_than_needed():
+    """An exception whose texts are the same everywhere is one that hides the next slip."""
+    texts = {name: definitions(name) for name in SCRIPTS}
+    for name in BY_POLICY_TYPE | set(BY_ALGORITHM):
+        versions = {texts[script][name] for script in SCRIPTS if name in texts[script]}
+        assert len(versions) > 1 or len(SCRIPTS) < len(ALL_SCRIPTS), f"{name} is the same everywhere"
+
+
+def test_helpers_stand_in_the_same_order():
+    """A reader finds a helper in the same place of every script, and a diff shows only what differs."""
+    orders = {name: list(definitions(name)) for name in SCRIPTS}
+    for one, two in itertools.combinations(SCRIPTS, 2):
+        shared = set(orders[one]) & set(orders[two])
+        assert [n for n in orders[one] if n in shared] == [n for n in orders[two] if n in shared], f"{one} and {two}"
+
+
+STEPS = [
+    "sample",
+    "score",
+    "log-probs",
+    "per-token rewards",
+    "advantages",
+    "update",
+    "KL controller",
+    "log",
+    "evaluate",
+]
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "supervised"])
+def test_steps_of_the_loop_are_in_order(script):
+    steps = re.findall(r"^        # (\d)\. (.+)$", main_loop(script), re.M)
+    assert [int(number) for number, _ in steps] == list(range(1, 10))
+    for (_, text), start in zip(steps, STEPS, strict=True):
+        assert text.startswith(start), f"step {text!r} is not {start!r}"
+
+
+def test_shared_steps_have_the_same_words():
+    """Steps 1 to 5 and 7 to 9 say the same in every script of one policy type; only the update has words of its own."""
+    for group in GROUPS:
+        titles = {}
+        for script in group & set(SCRIPTS) - {"supervised"}:
+            for number, text in re.findall(r"^        # (\d)\. (.+)$", main_loop(script), re.M):
+                titles.setdefault(number, set()).add(text.split(";")[0].split(":")[0].split(",")[0])
+        several = {number: texts for number, texts in titles.items() if len(texts) > 1 and number != "6"}
+        assert not several, several
+
+
+def test_args_agree():
+    documented = {name: documented_fields(name) for name in SCRIPTS}
+    differing = []
+    for name, args in documented.items():
+        differing += [f"{name}: --{field} has no docstring" for field, told in args.items() if not told["doc"].strip()]
+    for one, two in itertools.combinations(SCRIPTS, 2):
+        for field in documented[one].keys() & documented[two].keys():
+            for part in ("type", "doc", "default"):
+                free = part in BY_SCRIPT_FIELDS.get(field, ())
+                if not free and documented[one][field][part] != documented[two][field][part]:
+                    differing.append(f"{part} of {field}: {one} and {two}")
+        orders = [
+            [f for f in documented[s] if f in documented[one].keys() & documented[two].keys()] for s in (one, two)
+        ]
+        if orders[0] != orders[1]:
+            differing.append(f"order of fields: {one} and {two}")
+    assert not differing, "\n".join(differing)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_nothing_of_ours_is_imported_but_the_two(script):
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    for node in ast.walk(ast.parse(source(script))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names = [node.module]
+        assert not {name.split(".")[0] for name in names} & (modules - OURS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_helpers_read_no_name_of_main(script):
+    """A name that only main assigns is no global of a helper: helpers take what they use as arguments."""
+    tree = ast.parse(source(script))
+    main = next(node for node in tree.body if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))
+    top = [node for node in tree.body if node is not main]
+    assigned = {n.id for n in ast.walk(main) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    known = {n.id for node in top if isinstance(node, ast.Assign) for n in ast.walk(node) if isinstance(n, ast.Name)}
+    for function in [node for node in top if isinstance(node, ast.FunctionDef | ast.ClassDef)]:
+        nodes = list(ast.walk(function))
+        own = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own |= {n.arg for n in nodes if isinstance(n, ast.arg)} | {n.name for n in nodes if hasattr(n, "name")}
+        used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - own - known
+        assert not used & assigned, f"{function.name} reads {used & assigned}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_silent_fallbacks(script):
+    """Never `except Exception`, never a bare `except`, and nesting of six levels at most."""
+    tree = ast.parse(source(script))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None and not {"Exception", "BaseException"} & set(
+                re.findall(r"\w+", ast.unparse(node.type))
+            )
+    deepest = max(
+        len(line) - len(line.lstrip()) for line in main_loop(script).splitlines() if re.match(r" +\w+.*:$", line)
+    )
+    assert deepest / 4 <= 6, f"a block begins at level {deepest / 4:.0f}"
+
+
+def help_of(script, monkeypatch, *words):
+    module, out = importlib.import_module(script), io.StringIO()
+    kind = "causal" if script.endswith("causal") else "seq2seq"
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words, "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
+        module.parse_args([*words, "--help"], kind)
+    assert stop.value.code in (0, None)
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", out.getvalue()).split())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_defaults_of_the_task(script, monkeypatch):
+    """--help ends with 0, names every flag, and shows the values that this task would be run with."""
+    module = importlib.import_module(script)
+    for task in ("cnn_dm", "numbers", "commongen"):
+        shown = help_of(script, monkeypatch, "--task", task)
+        for name in fields(script):
+            assert f"--{name.replace('_', '-')}" in shown, name
+        entry, table = module.get_task(task), dict(zip(module.TASK_COLUMNS, module.TASK_DEFAULTS[task], strict=True))
+        wanted = dict(prompt_length=entry.prompt_length, response_length=entry.response_length) | table
+        if script != "supervised":
+            wanted |= dict(min_response_length=entry.min_response_length)
+        for name, value in wanted.items():
+            found = re.search(rf"--{name.replace('_', '-')} [A-Z{{\[].*?\(default: (.*?)\)", shown)
+            assert found and found.group(1) == str(value), f"{task} --{name}: {found and found.group(1)}, not {value}"
+        assert f"(default: {' '.join(entry.metrics)})" in shown
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_typed_values_win(script):
+    module = importlib.import_module(script)
+    kind = "causal" if script.endswith("causal") else "seq2seq"
+    for words in (["--task", "cnn_dm", "--response-length", "33"], ["--response-length=33", "--task=cnn_dm"]):
+        args = module.parse_args(words, kind)
+        assert (args.task, args.response_length, args.prompt_length) == ("cnn_dm", 33, 512)
+    assert module.parse_args([], kind).task == module.Args.task
+    assert module.parse_args([], kind) == module.parse_args(["--task", module.Args.task], kind)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_task_has_defaults_of_its_own(script):
+    module = importlib.import_module(script)
+    tasks = importlib.import_module("datapools").TASKS
+    assert set(module.TASK_DEFAULTS) == set(tasks)
+    assert set(module.TASK_COLUMNS) <= set(fields(script))
+    for row in module.TASK_DEFAULTS.values():
+        args = dataclasses.replace(module.Args(), **dict(zip(module.TASK_COLUMNS, row, strict=True)))
+        args.reward_weights = (1.0,)
+        module.check_args(args, world_size=1)
