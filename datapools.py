@@ -17,6 +17,7 @@ import inspect
 import itertools
 import json
 import random
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -33,6 +34,9 @@ import torch
 from filelock import FileLock
 from huggingface_hub.utils import httpx
 from tqdm.auto import tqdm
+
+if not sys.stderr.isatty():  # in a log, bars are noise around the one line that says what is wrong
+    datasets.disable_progress_bars()
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}  # our name -> the hub's, others
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a loadable copy of a dataset that has a loading script
@@ -132,13 +136,17 @@ def answers(url: str) -> bool:
     return bool(answered)
 
 
+def offline_if_unreachable() -> None:
+    """Without a hub, lets the libraries look into their caches alone: their retries take longer than a user waits."""
+    if not datasets.config.HF_HUB_OFFLINE and not answers(datasets.config.HF_ENDPOINT):
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def hub_or_folder(split: str, data: str | None, **hub) -> dict:
     """The arguments of load_dataset: `hub`'s, or with `data` those of the split's file in that folder."""
     if data is not None:
         return {"path": "json", "data_files": {split: str(split_file(data, split))}, "split": split}
-    # The libraries' own retries take longer than a user waits. Offline they look into their cache, and fail at once.
-    if not datasets.config.HF_HUB_OFFLINE and not answers(datasets.config.HF_ENDPOINT):
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    offline_if_unreachable()
     return {**hub, "split": SPLITS[split][0]}
 
 

@@ -31,6 +31,7 @@ import contextlib
 import copy
 import fcntl
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -76,11 +77,12 @@ from datapools import (
     encode_prompts,
     get_task,
     load_task,
+    offline_if_unreachable,
     pad,
     parse_kwargs,
     prompt_order,
 )
-from rewards import check_metric, check_reward, describe_error, make_metric, make_reward, score_texts
+from rewards import check_metric, check_reward, describe_error, make_metric, make_reward, measure, score_texts
 
 # What RL4LMs' configurations say of each task, for the sequence minibatches of this script: batch_size is its tokens
 # per iteration over the response length, and the learning rate is its own times sqrt(tokens per minibatch / 64), since
@@ -303,7 +305,7 @@ def check_args(args, world_size):
     """Raises UsageError for what can be seen to be wrong before anything is loaded."""
     for name, (least, most) in LIMITS.items():
         value = getattr(args, name, None)
-        if value is not None and not least <= value <= most:
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
             bound = f"at least {least}" if most == math.inf else f"between {least} and {most}"
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be {bound}")
     if args.batch_size % (args.num_minibatches * world_size):
@@ -311,12 +313,21 @@ def check_args(args, world_size):
             f"--batch-size {args.batch_size}: must be a multiple of --num-minibatches {args.num_minibatches} times "
             f"{world_size} processes = {args.num_minibatches * world_size}"
         )
-    if args.min_response_length >= args.response_length:
+    if args.min_response_length > args.response_length:
         raise UsageError(
-            f"--min-response-length {args.min_response_length}: must be below --response-length {args.response_length}"
+            f"--min-response-length {args.min_response_length}: at most --response-length {args.response_length}"
         )
+    if not args.reward:
+        raise UsageError("--reward: name at least one")
+    for flag, names in (("reward", args.reward), ("metrics", args.metrics)):
+        for name in set(names):
+            if names.count(name) > 1:
+                raise UsageError(f"--{flag} {name}: named twice")
     if len(args.reward_weights) != len(args.reward):
         raise UsageError(f"--reward-weights has {len(args.reward_weights)} values for {len(args.reward)} rewards")
+    for weight in args.reward_weights:
+        if not math.isfinite(weight):
+            raise UsageError(f"--reward-weights {weight}: must be finite")
     if args.scratch_width % args.scratch_heads:
         raise UsageError(f"--scratch-heads {args.scratch_heads}: must divide --scratch-width {args.scratch_width}")
     if args.fsdp and "WORLD_SIZE" not in os.environ:
@@ -325,6 +336,10 @@ def check_args(args, world_size):
         raise UsageError("--metrics perplexity: needs the whole model in one process; name --metrics without it")
     if args.resume and not args.run_dir:
         raise UsageError("--resume: say which run by --run-dir")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--track: wandb is not installed; pip install wandb")
+    if args.run_dir and Path(args.run_dir).exists() and not Path(args.run_dir).is_dir():
+        raise UsageError(f"--run-dir {args.run_dir}: not a folder")
     if args.run_dir and Path(args.run_dir).exists() and not args.resume and any(Path(args.run_dir).iterdir()):
         raise UsageError(f"--run-dir {args.run_dir}: exists; go on with it by --resume, or name another folder")
     if args.data and not Path(args.data).exists():
@@ -450,6 +465,8 @@ def open_run_dir(run_dir, config, args, rank):
             check_same_run(json.loads(checkpoint["config"]), config)
     except BlockingIOError:
         error = f"--run-dir {run_dir}: another run is writing there; wait for it, or name another folder"
+    except OSError as os_error:
+        error = f"--run-dir {run_dir}: cannot be used: {os_error}"
     except UsageError as usage_error:
         error = str(usage_error)
     stop_together(error, code=2)
@@ -634,8 +651,11 @@ def load_config(args):
     """The model's config, and UsageError if it is none, of the wrong kind, or too short; None for scratch."""
     if args.model == "scratch":
         return None
+    if not Path(args.model).exists():
+        offline_if_unreachable()
     try:
         config = AutoConfig.from_pretrained(args.model)
+        AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"--model {args.model}: neither a model folder nor to be had from the hub: {reason}") from None
@@ -653,7 +673,10 @@ def load_model(args, texts):
     if args.model == "scratch":
         policy, tokenizer = build_scratch_model(args, texts)
     else:
-        policy = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
+        try:
+            policy = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--model {args.model}: cannot be loaded: {error}") from None
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     if tokenizer.pad_token_id is None:  # GPT-2 has none; any token will do, since masks come from lengths
         tokenizer.pad_token = tokenizer.eos_token
@@ -821,7 +844,7 @@ def unpack(packed, size):
     return bits.flatten(-2)[..., :size].bool()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad_id, mask_model=None, masking=None):
     """Samples with a KV cache, one forward pass per token, until every row has ended.
 
@@ -864,7 +887,7 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, pad_id):
     """The best of num_beams responses, (B, <=T) padded behind EOS; the search is transformers' own."""
     sharded = isinstance(policy, FSDPModule)
@@ -918,21 +941,20 @@ def evaluate(policy, samples, split, iteration, tokenizer, metrics, task, args, 
     for part in gather_objects(decode_split(policy, tokenizer, samples, task, args, device)):
         texts |= part
     generations = [texts[i] for i in range(len(samples))]
-    columns = [s.prompt for s in samples], generations, [s.references for s in samples], [s.meta for s in samples]
     row, error = {"iteration": iteration, "split": split}, None
     predictions = [
         {"id": s.id, "prompt": s.prompt, "generation": g, "references": s.references}
         for s, g in zip(samples, generations, strict=True)
     ]
-    for metric in metrics.values() if int(os.environ.get("RANK", 0)) == 0 else ():
-        future = executor.submit(metric, *columns, model=policy, tokenizer=tokenizer)
+    for name, metric in metrics.items() if int(os.environ.get("RANK", 0)) == 0 else ():
+        future = executor.submit(measure, name, metric, samples, generations, policy, tokenizer)
         if future.exception():
-            error = f"iteration {iteration}: a metric failed: {describe_error(future.exception())}"
+            error = f"iteration {iteration}: metric {name} failed: {describe_error(future.exception())}"
             break
-        for name, (per_sample, value) in future.result().items():
-            row[name] = value
-            for prediction, own in zip(predictions, per_sample or [], strict=False):
-                prediction[name] = own
+        for figure, (per_sample, value) in future.result().items():
+            row[figure] = value
+            for prediction, own_value in zip(predictions, per_sample or [], strict=per_sample is not None):
+                prediction[figure] = own_value
     stop_together(error)
     if int(os.environ.get("RANK", 0)) == 0:
         (run_dir / "predictions").mkdir(exist_ok=True)
@@ -996,9 +1018,9 @@ if __name__ == "__main__":
         task = get_task(args.task)
         check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
         check_mask(args)
-        load_config(args)
         task_kwargs = parse_kwargs(args.task_kwargs, ["task"], {})["task"]
         train, val, test = (load_task(args.task, split, args.data, **task_kwargs) for split in ("train", "val", "test"))
+        load_config(args)
         for name in args.reward:
             check_reward(name, train)
         for name in args.metrics:
@@ -1009,6 +1031,7 @@ if __name__ == "__main__":
         reward_functions = {name: make_reward(name, device=device_type, **options[name]) for name in args.reward}
         options = parse_kwargs(args.metric_kwargs, args.metrics, task.metric_kwargs)
         metrics = {name: make_metric(name, device=device_type, **options[name]) for name in args.metrics}
+        policy, tokenizer = load_model(args, [text for s in train for text in (s.prompt, *s.references)])
     except UsageError as error:
         fail(str(error))
     for reward_function in reward_functions.values():
@@ -1017,7 +1040,6 @@ if __name__ == "__main__":
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
     rank, world_size, device = distributed_setup(args.cuda)
 
-    policy, tokenizer = load_model(args, [text for s in train for text in (s.prompt, *s.references)])
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     start_model = dict(start_model=fingerprint(policy))
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -1030,7 +1052,7 @@ if __name__ == "__main__":
     )
     torch.manual_seed(args.seed)  # of the value head
     value_model = ValueModel(value_backbone(policy))
-    for model in {policy, reference, value_model, mask_model}:
+    for model in dict.fromkeys((policy, reference, value_model, mask_model)):
         if args.fsdp:
             shard(model, device)
         model.to(device)

@@ -53,7 +53,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from datapools import UsageError
+from datapools import UsageError, offline_if_unreachable
 
 COMMONGEN_PREFIX = "generate a sentence with: "
 # References come again at every visit of their sample, so what is derived from them is kept, for as many as this.
@@ -72,6 +72,8 @@ def score_texts(reward_functions, reward_weights, samples, generations, response
     token_scores, means = torch.zeros(len(samples), width), {}
     for (name, reward), weight in zip(reward_functions.items(), reward_weights, strict=True):
         values = reward(*texts)
+        if not hasattr(values, "__len__"):
+            raise ValueError(f"{name} returned {values!r:.60}: must be a list of {len(samples)} numbers")
         if len(values) != len(samples):
             raise ValueError(f"{name} returned {len(values)} values for {len(samples)} samples")
         for i, value in enumerate(values):
@@ -89,6 +91,20 @@ def score_texts(reward_functions, reward_weights, samples, generations, response
             token_scores[i, where] += weight * torch.as_tensor(array, dtype=torch.float32)
         means[name] = float(np.mean([np.sum(value) for value in values]))
     return token_scores, means
+
+
+def measure(name, metric, samples, generations, model, tokenizer):
+    """{figure: (one float per sample or None, float for the set)}; ValueError if the metric returns something else."""
+    texts = [s.prompt for s in samples], generations, [s.references for s in samples], [s.meta for s in samples]
+    figures = metric(*texts, model=model, tokenizer=tokenizer)
+    if not isinstance(figures, dict):
+        raise ValueError(f"{name} returned {figures!r:.60}: must be {{name: (values of samples or None, value)}}")
+    for figure, (per_sample, value) in figures.items():
+        if per_sample is not None and len(per_sample) != len(samples):
+            raise ValueError(f"{name}: {figure} has {len(per_sample)} values for {len(samples)} samples")
+        per_sample = per_sample if per_sample is None else [float(number) for number in per_sample]
+        figures[figure] = (per_sample, float(value))
+    return figures
 
 
 def describe_error(error):
@@ -906,6 +922,8 @@ def missing_concepts(generation: str, concepts: list[str]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 def load_pretrained(auto_class, name: str, device: str, reward: str, **tokenizer_options):
     """Tokenizer and model (in eval mode, on the device) by hub name or path, and how many tokens the model can read."""
+    if not Path(name).exists():
+        offline_if_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_options)
         model = auto_class.from_pretrained(name).to(device).eval()
@@ -1469,7 +1487,10 @@ def load_function(spec: str) -> Callable:
         raise UsageError(f"no file {path!r} for the reward or metric {spec!r}")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise UsageError(f"{path}: cannot be imported: {describe_error(error)}") from None
     if not callable(getattr(module, name, None)):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UsageError(f"{path!r} has no function {name!r}{nearest(name, functions)}")
@@ -1485,6 +1506,10 @@ def check_options(name: str, make: Callable, given: dict, hidden: tuple[str, ...
         if key not in options:
             known = ", ".join(options) if options else "none"
             raise UsageError(f"{name!r} has no option {key!r}{nearest(key, options)}; its options are: {known}")
+        kind = options[key].annotation
+        accepted = (int, float) if kind is float else kind
+        if kind in (int, float, bool, str) and given[key] is not None and not isinstance(given[key], accepted):
+            raise UsageError(f"option {key!r} of {name!r} must be of type {kind.__name__}, not {given[key]!r}")
     missing = [key for key, option in options.items() if option.default is option.empty and key not in given]
     if missing:
         raise UsageError(f"{name!r} needs a value for its option {missing[0]!r}")
