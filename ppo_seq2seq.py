@@ -339,7 +339,16 @@ def distributed_setup(use_cuda):
     if "WORLD_SIZE" in os.environ:
         # rank 0 computes the metrics of an evaluation while the others wait: hours for a learned metric, not minutes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        sys.excepthook = explain_lost_process
     return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
+
+
+def explain_lost_process(kind, error, trace):
+    """The excepthook of a distributed run: one line where another process' end has broken a collective operation."""
+    if issubclass(kind, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+        print("error: another process of this run has ended; go on by --resume with its --run-dir", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def all_reduce_sum(tensor):
@@ -356,8 +365,8 @@ def reduce_sums(sums, device):
 
 
 def shard(model, device):
-    """FSDP2: each process keeps a part of every weight, and of its gradient and optimizer state; layers are gathered
-    when they run. model: a policy, or a ValueModel."""
+    """Shards a policy or ValueModel by FSDP2: each process keeps a part of every weight, of its gradient and of its
+    optimizer state, and a layer's weights are gathered when it runs."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = getattr(model, "backbone", model)._no_split_modules
     for module in [m for m in model.modules() if type(m).__name__ in layers]:
@@ -456,7 +465,7 @@ def check_same_run(saved, config):
     free = {
         "run_dir", "resume", "allow_changes", "track", "wandb_project", "metrics", "metric_kwargs", "cuda",
         "eval_every", "eval_samples", "save_every", "micro_batch_size", "sample_batch_size", "eval_batch_size",
-        "world_size", "compile",
+        "world_size", "compile", "fsdp",
     }  # fmt: skip
     names = [name for name in config if name not in free and json.loads(json.dumps(config[name])) != saved.get(name)]
     if names:
@@ -481,34 +490,40 @@ def save_model(run_dir, policy, tokenizer):
 
 
 def append_jsonl(path, row):
+    """One more line of JSON in a file."""
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def save_checkpoint(run_dir, state):
-    """Writes checkpoint/iteration_N.pt aside, then renames, then names it with its checksum in checkpoint/latest.json.
+    """Writes checkpoint/iteration_N.pt aside, renames it, then names it with its checksum in checkpoint/latest.json.
 
     A crash at any moment leaves latest.json with a whole file; the one before is kept too, in case a disk garbles it.
+    Returns what went wrong, or None.
     """
-    folder = run_dir / "checkpoint"
-    folder.mkdir(exist_ok=True)
-    for name in ("metrics.jsonl", "eval.jsonl"):  # their rows so far are part of the state: resuming cuts what is later
-        state[name] = (run_dir / name).stat().st_size if (run_dir / name).exists() else 0
-    file = folder / f"iteration_{state['iteration']}.pt"
-    with open(file.with_suffix(".tmp"), "wb") as aside:
-        torch.save(state, aside)
-        aside.flush()
-        os.fsync(aside.fileno())
-    with open(file.with_suffix(".tmp"), "rb") as aside:
-        checksum = hashlib.file_digest(aside, "sha256").hexdigest()
-    os.replace(file.with_suffix(".tmp"), file)
-    latest = folder / "latest.json"
-    known = json.loads(latest.read_text()) if latest.exists() else []
-    known = [{"file": file.name, "sha256": checksum}] + [entry for entry in known if entry["file"] != file.name]
-    latest.with_suffix(".tmp").write_text(json.dumps(known[:2], indent=1))
-    os.replace(latest.with_suffix(".tmp"), latest)
-    for old in folder.glob("iteration_*"):
-        if old.name not in [entry["file"] for entry in known[:2]]:
+    latest = run_dir / "checkpoint" / "latest.json"
+    latest.parent.mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "eval.jsonl"):  # resuming cuts what is written after this
+        state[name] = (run_dir / name).stat().st_size
+    file = latest.with_name(f"iteration_{state['iteration']}.pt")
+    aside = file.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        with open(aside, "rb") as stream:
+            known = [{"file": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}]
+        if latest.exists():
+            known += [entry for entry in json.loads(latest.read_text()) if entry["file"] != file.name][:1]
+        os.replace(aside, file)
+        aside.write_text(json.dumps(known, indent=1))
+        os.replace(aside, latest)
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        aside.unlink(missing_ok=True)
+        return f"{file}: cannot be written, the checkpoint before it is whole: {error}"
+    for old in latest.parent.glob("iteration_*"):
+        if old.name not in [entry["file"] for entry in known]:
             old.unlink()
 
 
@@ -522,7 +537,7 @@ def load_checkpoint(run_dir):
         file, checksum = latest.parent / known[0][0], known[0][1]
     except (ValueError, TypeError, KeyError, IndexError):
         raise UsageError(f"{latest}: damaged; without it, --resume starts the run anew") from None
-    if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
+    if not file.exists() or hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() != checksum:
         way_out = f"; to go on from {known[1][0]}, remove the first entry of {latest}" if len(known) > 1 else ""
         raise UsageError(f"{file}: damaged, its checksum is not the one that was written{way_out}")
     return torch.load(file, map_location="cpu", weights_only=True)
@@ -1124,8 +1139,7 @@ if __name__ == "__main__":
         update_ended = seconds(device)
 
         # 7. KL controller, on the mean KL per token over all processes
-        error = (returns - values).double()[response_mask]
-        returned = returns.double()[response_mask]
+        returned, residual = returns.double()[response_mask], (returns - values).double()[response_mask]
         sums = dict(
             sequences=B,
             tokens=response_mask.sum(),
@@ -1136,8 +1150,8 @@ if __name__ == "__main__":
             kept_mass=(kept_mass * response_mask).sum(),
             returns=returned.sum(),
             squared_returns=(returned**2).sum(),
-            error=error.sum(),
-            squared_error=(error**2).sum(),
+            residual=residual.sum(),
+            squared_residual=(residual**2).sum(),
             first_ratio_error=first_ratio_error,
         )
         sums |= {f"reward/{name}": mean * B for name, mean in reward_means.items()}
@@ -1150,7 +1164,7 @@ if __name__ == "__main__":
 
         # 8. log: every figure is over all processes, those of the update over all its minibatches
         variance = sums["squared_returns"] / tokens - (sums["returns"] / tokens) ** 2
-        unexplained = sums["squared_error"] / tokens - (sums["error"] / tokens) ** 2
+        unexplained = sums["squared_residual"] / tokens - (sums["residual"] / tokens) ** 2
         log_ended = seconds(device)
         row = {
             "iteration": iteration,
@@ -1198,8 +1212,10 @@ if __name__ == "__main__":
         if done or stopping or iteration % args.save_every == 0:
             model_state, optimizer_state = get_state_dict(agent, optimizer, options=whole)
             state = dict(iteration=iteration, kl_coef=kl_coef, config=json.dumps(config))
+            state |= dict(model=model_state, optimizer=optimizer_state)
+            error = save_checkpoint(run_dir, state) if rank == 0 else None
+            stop_together(error and f"iteration {iteration}: {error}")
             if rank == 0:
-                save_checkpoint(run_dir, state | dict(model=model_state, optimizer=optimizer_state))
                 plot_curves(run_dir)
         if stopping:
             break
