@@ -21,6 +21,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import matplotlib.figure
+import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,3 +217,30 @@ def predictions(run_dir):
 def weights(run_dir):
     """The parameters of model/."""
     return load_file(Path(run_dir) / "model" / "model.safetensors")
+
+
+def same(a, b):
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def checkpoint(run_dir):
+    """The last checkpoint, without what is about this run's clock and command line."""
+    folder = Path(run_dir) / "checkpoint"
+    state = torch.load(folder / json.loads((folder / "latest.json").read_text())[0]["file"], weights_only=True)
+    return {key: value for key, value in state.items() if key not in ("config", "metrics.jsonl", "eval.jsonl")}
+
+
+def assert_same_outcome(one, two):
+    """Both runs have left the same to the bit, but for times."""
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert rows(Path(one) / name) == rows(Path(two) / name)
+    assert predictions(one) == predictions(two)
+    assert same(weights(one), weights(two))
+    assert same(checkpoint(one), checkpoint(two))

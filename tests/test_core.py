@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from script_runs import CASES, SCRIPTS
+from script_runs import CASES, SCRIPTS, same
 from torch.distributions import Categorical
 
 from datapools import Sample, UsageError, encode_prompts, pad, prompt_order
@@ -584,17 +584,6 @@ def test_fingerprint_tells_models_apart_but_not_threads(script):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def same(a, b):
-    """Equal to the bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) and a.dtype == b.dtype
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def state_of(iteration):

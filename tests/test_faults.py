@@ -1,0 +1,497 @@
+"""What happens to a run that is killed, interrupted, starved or lied to: nothing is lost, nothing is wrong."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import script_runs
+from safetensors.torch import save_file
+from script_runs import (
+    CASES,
+    SCRIPTS,
+    TINY,
+    assert_same_outcome,
+    checkpoint,
+    flags,
+    real_command,
+    real_run,
+    rows,
+    run,
+    run_ok,
+    start,
+)
+from test_command_line import assert_one_line
+from test_runs import assert_close
+
+OWN = '''
+"""Rewards of digits and letters, each with something that happens while they are computed."""
+import os
+import resource
+import time
+from pathlib import Path
+
+MARK = Path(__file__).with_name("mark")
+calls = 0
+
+
+def share(generations):
+    good = set("0123456789abcdefghijklm")
+    return [sum(c in good for c in g.lower()) / max(len(g), 1) for g in generations]
+
+
+def slow(prompts, generations, references, metas):
+    time.sleep(0.4)
+    return share(generations)
+
+
+def very_slow(prompts, generations, references, metas):
+    time.sleep(0.1 if MARK.exists() else 15)
+    return share(generations)
+
+
+def disk_full(prompts, generations, references, metas):
+    """From the third call on no file may be longer than 10,000 bytes, unless there is the mark."""
+    global calls
+    calls += 1
+    if calls == 3 and not MARK.exists():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return share(generations)
+
+
+def fills_disk(prompts, generations, references, metas):
+    """At the third call all that is left of the disk is taken."""
+    global calls
+    calls += 1
+    if calls == 3 and not MARK.exists():
+        try:
+            with open("run/fill", "wb", buffering=0) as file:
+                while True:
+                    file.write(b"0" * 4096)
+        except OSError:
+            pass
+    return share(generations)
+
+
+def kills(prompts, generations, references, metas):
+    """At its fourth call the second process kills itself, once."""
+    global calls
+    calls += 1
+    if calls == 4 and os.environ.get("RANK") == "1" and not MARK.exists():
+        MARK.touch()
+        os.kill(os.getpid(), 9)
+    return share(generations)
+'''
+# one policy type of each script is killed in the short form, all in the long one
+KINDS = {"ppo_seq2seq": "seq2seq", "nlpo_causal": "causal", "a2c": "seq2seq", "trpo": "causal", "supervised": "seq2seq"}
+SHORT_CASES = [case for case in CASES if KINDS.get(case[0]) == case[1]]
+FUNCTIONS = (
+    "<module>",
+    "sample_responses",
+    "evaluate",
+    "decode_split",
+    "save_checkpoint",
+    "append_jsonl",
+    "save_model",
+)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Own rewards in a folder of this test's, so that its mark is too."""
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path / "own.py"
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, texts, digits):
+    """whole(script, kind): the folder of an uninterrupted run, and the number of calls in each of its functions."""
+    done = {}
+
+    def get(script, kind, processes=1):
+        if (script, kind, processes) not in done:
+            cwd = tmp_path_factory.mktemp("whole")
+            argv = command(script, kind, texts, digits)
+            run_ok(script, argv, cwd, processes=processes, events_file=cwd / "events.json")
+            done[script, kind, processes] = cwd / "run", json.loads((cwd / "events.json").read_text())
+        return done[script, kind, processes]
+
+    return get
+
+
+def command(script, kind, task, reward, /, **changes):
+    return flags(script, **TINY | dict(policy_type=kind, task=task, reward=reward, run_dir="run") | changes)
+
+
+# ------------------------------------------------------------------------------------------------ kill -9
+
+
+@pytest.mark.parametrize("script, kind", SHORT_CASES)
+def test_killed_again_and_again(script, kind, whole, texts, digits, tmp_path):
+    """One run, killed in each of its functions and resumed every time: in the end as if nothing had happened."""
+    uninterrupted, events = whole(script, kind)
+    rng, argv, killed = random.Random(script), command(script, kind, texts, digits, resume=True), 0
+    for function in ("evaluate", "<module>", "sample_responses", "save_checkpoint", "append_jsonl", "save_model"):
+        # what a resumed run still has to do is less than the whole
+        moment = (function, rng.randint(1, max(1, events.get(function, 1) // 3)))
+        result = run(script, argv, tmp_path, kill_at=moment)
+        assert result.code in (0, -signal.SIGKILL), f"{moment}: {result.stderr}"
+        killed += result.code != 0
+    assert killed >= 3
+    run_ok(script, argv, tmp_path)
+    assert_same_outcome(uninterrupted, tmp_path / "run")
+    run_ok(script, argv, tmp_path)  # a finished run has nothing left to do
+    assert_same_outcome(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, kind", CASES)
+def test_killed_at_twenty_moments(script, kind, whole, texts, digits, tmp_path):
+    """Each kill on its own: three random calls in each function, and every call while a checkpoint is written."""
+    uninterrupted, events = whole(script, kind)
+    rng, argv = random.Random(1), command(script, kind, texts, digits)
+    moments = [(f, rng.randint(1, events[f])) for f in FUNCTIONS if f in events for _ in range(3)]
+    first_save = events["save_checkpoint"] // len(list_checkpoints(uninterrupted))
+    moments += [("save_checkpoint", first_save + n) for n in range(1, first_save, 4)]
+    assert len(moments) >= 20
+    for i, moment in enumerate(moments):
+        cwd = tmp_path / str(i)
+        cwd.mkdir()
+        assert run(script, argv, cwd, kill_at=moment).code == -signal.SIGKILL, moment
+        run_ok(script, [*argv, "--resume"], cwd)
+        assert_same_outcome(uninterrupted, cwd / "run")
+        shutil.rmtree(cwd)
+
+
+def list_checkpoints(run_dir):
+    return json.loads((run_dir / "checkpoint" / "latest.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, kind", SHORT_CASES)
+def test_killed_by_the_clock(script, kind, whole, texts, digits, tmp_path):
+    """Kills that know nothing of the script, in the middle of system calls too."""
+    uninterrupted, _ = whole(script, kind)
+    rng, argv = random.Random(2), command(script, kind, texts, digits, resume=True)
+    for i in range(10):
+        cwd = tmp_path / str(i)
+        cwd.mkdir()
+        for _ in range(2):
+            started = start(script, argv, cwd)
+            time.sleep(rng.uniform(0.1, 1.5))
+            started.processes[0].kill()
+            assert started.finish().code in (0, -signal.SIGKILL)
+        run_ok(script, argv, cwd)
+        assert_same_outcome(uninterrupted, cwd / "run")
+
+
+@pytest.mark.parametrize("script, kind", SHORT_CASES[:1] + SHORT_CASES[-1:])
+def test_world_size_may_change(script, kind, whole, texts, digits, tmp_path):
+    """Killed as two processes and resumed as one, and the reverse: the figures of the uninterrupted run to 1e-5."""
+    uninterrupted, events = whole(script, kind)
+    for first, second in ((2, 1), (1, 2)):
+        cwd = tmp_path / str(first)
+        cwd.mkdir()
+        argv = command(script, kind, texts, digits)
+        moment = ("append_jsonl", 1 + events["append_jsonl"] * 2 // 3)
+        started = start(script, argv, cwd, processes=first, kill_at=moment)
+        started.processes[0].join(60)
+        for process in started.processes:
+            process.kill()
+        assert started.finish().code == -signal.SIGKILL
+        assert checkpoint(cwd / "run")["iteration"] >= 2
+        run_ok(script, [*argv, "--resume"], cwd, processes=second)
+        assert_close(rows(uninterrupted / "metrics.jsonl"), rows(cwd / "run" / "metrics.jsonl"), 1e-5)
+        iterations = [row["iteration"] for row in rows(cwd / "run" / "metrics.jsonl")]
+        assert iterations == list(range(1, len(iterations) + 1))
+
+
+@pytest.mark.parametrize("script", ["ppo_seq2seq"])
+def test_two_processes_killed_and_resumed(script, whole, texts, digits, tmp_path):
+    """Two processes, to the bit."""
+    uninterrupted, events = whole(script, "seq2seq", processes=2)
+    argv = command(script, "seq2seq", texts, digits)
+    started = start(script, argv, tmp_path, processes=2, kill_at=("<module>", events["<module>"] * 3 // 4))
+    started.processes[0].join(60)
+    started.processes[1].kill()
+    assert started.finish().code == -signal.SIGKILL
+    run_ok(script, [*argv, "--resume"], tmp_path, processes=2)
+    assert_same_outcome(uninterrupted, tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------ one of two processes
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_process_does_not_hang(rank, whole, texts, digits, tmp_path):
+    """One of two is killed in an update: the other, left alone, ends within a minute, not with success."""
+    _, events = whole("ppo_seq2seq", "seq2seq")
+    argv = command("ppo_seq2seq", "seq2seq", texts, digits)
+    moment = ("<module>", events["<module>"] * 3 // 4)
+    started = start("ppo_seq2seq", argv, tmp_path, processes=2, kill_at=moment, kill_rank=rank)
+    started.finish(timeout=90)
+    codes = [process.exitcode for process in started.processes]
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] not in (0, -signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_process(texts, own, tmp_path):
+    """--max-restarts with --resume: the run goes on from its checkpoint by itself, and ends as one without the kill."""
+    argv = command("ppo_seq2seq", "seq2seq", texts, f"{own}:kills", save_every=1, resume=True)
+    result = real_run("ppo_seq2seq", argv, tmp_path, torchrun=2, torchrun_options=["--max-restarts", "1"], timeout=300)
+    assert result.code == 0, result.stderr
+    assert own.with_name("mark").exists()
+    shutil.move(tmp_path / "run", tmp_path / "restarted")
+    run_ok("ppo_seq2seq", argv, tmp_path, processes=2)  # with the mark nothing is killed
+    assert_same_outcome(tmp_path / "restarted", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_a_process_is_killed(texts, own, tmp_path):
+    """Without restarts everything ends within a minute, with a message that names the signal."""
+    argv = command("ppo_seq2seq", "seq2seq", texts, f"{own}:kills", save_every=1)
+    result = real_run("ppo_seq2seq", argv, tmp_path, torchrun=2, timeout=120)
+    assert result.code != 0 and result.seconds < 90
+    assert "SIGKILL" in result.stderr or "Signal 9" in result.stderr
+    assert checkpoint(tmp_path / "run")["iteration"] == 3
+
+
+# ------------------------------------------------------------------------------------------------ disk and damage
+
+
+@pytest.mark.parametrize("script, kind", [case for case in SHORT_CASES if case[0] != "supervised"])
+def test_checkpoint_that_cannot_be_written(script, kind, texts, own, tmp_path):
+    """One line that says which file and why; the checkpoint before is whole, and with room again the run goes on."""
+    argv = command(script, kind, texts, f"{own}:disk_full", save_every=1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    result = run(script, argv, tmp_path)
+    assert resource.getrlimit(resource.RLIMIT_FSIZE) == limit
+    assert_one_line(result, script, 1, ["checkpoint", "File too large"])
+    assert checkpoint(tmp_path / "run")["iteration"] == 2
+    own.with_name("mark").touch()
+    run_ok(script, [*argv, "--resume"], tmp_path)
+    shutil.move(tmp_path / "run", tmp_path / "resumed")
+    run_ok(script, argv, tmp_path)
+    assert_same_outcome(tmp_path / "run", tmp_path / "resumed")
+
+
+def test_full_disk(texts, own, tmp_path):
+    """The same on a small disk that is really full."""
+    (tmp_path / "run").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path / "run")]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a disk of one's own cannot be mounted here")
+    try:
+        argv = command("ppo_seq2seq", "seq2seq", texts, f"{own}:fills_disk", save_every=1)
+        assert_one_line(run("ppo_seq2seq", argv, tmp_path), "ppo_seq2seq", 1, ["No space left"])
+        assert checkpoint(tmp_path / "run")["iteration"] == 2
+        (tmp_path / "run" / "fill").unlink()
+        own.with_name("mark").touch()
+        run_ok("ppo_seq2seq", [*argv, "--resume"], tmp_path)
+        assert checkpoint(tmp_path / "run")["iteration"] == 5
+        assert [row["iteration"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    finally:
+        subprocess.run(["umount", str(tmp_path / "run")], check=True)
+
+
+def copy_of(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("script, kind", SHORT_CASES)
+def test_damaged_checkpoint(script, kind, whole, texts, digits, tmp_path):
+    """Refused by name with the one before offered; its way out leads to the outcome of the uninterrupted run."""
+    uninterrupted, _ = whole(script, kind)
+    run_dir = copy_of(uninterrupted, tmp_path)
+    latest = run_dir / "checkpoint" / "latest.json"
+    last, before = (entry["file"] for entry in json.loads(latest.read_text()))
+    file = run_dir / "checkpoint" / last
+    file.write_bytes(file.read_bytes()[:-100])
+    argv = command(script, kind, texts, digits, resume=True)
+    assert_one_line(run(script, argv, tmp_path), script, 2, [last, before, "latest.json"])
+    assert_same_rows(uninterrupted, run_dir)
+    latest.write_text(json.dumps(json.loads(latest.read_text())[1:]))
+    run_ok(script, argv, tmp_path)
+    assert_same_outcome(uninterrupted, run_dir)
+
+
+def assert_same_rows(one, two):
+    """Not a byte of the logs has changed."""
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------ other settings
+
+CHANGES = {
+    "learning_rate": 0.5e-3,
+    "seed": 2,
+    "batch_size": 4,
+    "prompt_length": 6,
+    "scratch_width": 16,
+    "dtype": "bfloat16",
+    "kl_coef": 0.9,
+    "gamma": 0.5,
+    "update_epochs": 3,
+    "temperature": 0.5,
+    "anneal_lr": True,
+    "reward": "rouge2",
+    "model": "other",
+}
+FREE = {"micro_batch_size": 3, "sample_batch_size": 2, "eval_batch_size": 1, "eval_every": 1, "save_every": 1}
+
+
+@pytest.mark.parametrize("script, kind", SHORT_CASES)
+def test_changed_settings_are_refused(script, kind, whole, texts, digits, tmp_path):
+    """Those that change the maths, by name and value, with the files untouched; not those that change only time."""
+    uninterrupted, _ = whole(script, kind)
+    run_dir = copy_of(uninterrupted, tmp_path)
+    shutil.copytree(run_dir / "model", tmp_path / "other")
+    rng = random.Random(script)
+    names = [name for name in CHANGES if flags(script, **{name: CHANGES[name]})]
+    for name in rng.sample(names, 4) + ["model"]:
+        argv = command(script, kind, texts, digits, resume=True, **{name: CHANGES[name]})
+        told = [f"{name} ", str(CHANGES[name]), "--allow-changes"]
+        assert_one_line(run(script, argv, tmp_path), script, 2, told)
+        assert_same_rows(uninterrupted, run_dir)
+    run_ok(script, command(script, kind, texts, digits, resume=True, **FREE), tmp_path)
+    assert [row["iteration"] for row in rows(run_dir / "metrics.jsonl")] == [
+        row["iteration"] for row in rows(uninterrupted / "metrics.jsonl")
+    ]
+    run_ok(script, command(script, kind, texts, digits, resume=True, allow_changes=True, learning_rate=1e-4), tmp_path)
+
+
+def test_other_weights_under_the_same_name_are_refused(whole, texts, digits, tmp_path):
+    """The model is told by its weights, not by its path alone."""
+    uninterrupted, _ = whole("ppo_seq2seq", "seq2seq")
+    shutil.copytree(uninterrupted / "model", tmp_path / "start")
+    argv = command("ppo_seq2seq", "seq2seq", texts, digits, model=tmp_path / "start")
+    run_ok("ppo_seq2seq", argv, tmp_path)
+    other = script_runs.load_file(tmp_path / "start" / "model.safetensors")
+    next(iter(other.values()))[0] += 0.01
+    save_file(other, tmp_path / "start" / "model.safetensors", metadata={"format": "pt"})
+    assert_one_line(run("ppo_seq2seq", [*argv, "--resume"], tmp_path), "ppo_seq2seq", 2, ["start_model", "--allow"])
+
+
+def test_longer_run_goes_on_from_a_finished_one(whole, texts, digits, tmp_path):
+    """With --allow-changes and more iterations; the rows before stay."""
+    uninterrupted, _ = whole("ppo_seq2seq", "seq2seq")
+    run_dir = copy_of(uninterrupted, tmp_path)
+    argv = command("ppo_seq2seq", "seq2seq", texts, digits, resume=True, allow_changes=True, num_iterations=7)
+    run_ok("ppo_seq2seq", argv, tmp_path)
+    metrics = rows(run_dir / "metrics.jsonl")
+    assert metrics[:5] == rows(uninterrupted / "metrics.jsonl") and [row["iteration"] for row in metrics[5:]] == [6, 7]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_without_a_run_starts_it(script, whole, texts, digits, tmp_path):
+    kind = "causal" if script.endswith("causal") else "seq2seq"
+    uninterrupted, _ = whole(script, kind)
+    (tmp_path / "run").mkdir()
+    run_ok(script, command(script, kind, texts, digits, resume=True), tmp_path)
+    assert_same_outcome(uninterrupted, tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------ signals, two runs
+
+
+def wait_for_rows(run_dir, n=1, timeout=60):
+    """Waits until the run has logged n iterations."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        file = Path(run_dir) / "metrics.jsonl"
+        if file.exists() and len(file.read_text().splitlines()) >= n:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run_dir} has not logged {n} iterations after {timeout} s")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signal_saves_and_ends(number, code, processes, texts, own, tmp_path):
+    """A checkpoint of the last iteration, one line that says how to go on; going on gives the uninterrupted run."""
+    argv = command("ppo_seq2seq", "seq2seq", texts, f"{own}:slow", save_every=100)
+    started = start("ppo_seq2seq", argv, tmp_path, processes=processes)
+    wait_for_rows(tmp_path / "run")
+    os.kill(started.processes[-1].pid, number)  # one is enough: all end together
+    if number == signal.SIGINT and processes == 2:
+        os.kill(started.processes[0].pid, number)  # a terminal sends it to all
+    result = started.finish()
+    assert result.code == code and "Traceback" not in result.stderr
+    last = rows(tmp_path / "run" / "metrics.jsonl")[-1]["iteration"]
+    assert last < TINY["num_iterations"] and checkpoint(tmp_path / "run")["iteration"] == last
+    line = result.stdout.splitlines()[-1]
+    assert f"{last} of {TINY['num_iterations']} iterations" in line and "--run-dir run --resume" in line
+    run_ok("ppo_seq2seq", [*argv, "--resume"], tmp_path, processes=processes)
+    shutil.move(tmp_path / "run", tmp_path / "resumed")
+    run_ok("ppo_seq2seq", argv, tmp_path, processes=processes)
+    assert_same_outcome(tmp_path / "run", tmp_path / "resumed")
+
+
+def test_second_signal_ends_at_once(texts, own, tmp_path):
+    """In the middle of a slow reward: no waiting for it, and the checkpoint before is whole."""
+    own.with_name("mark").touch()
+    argv = command("ppo_seq2seq", "seq2seq", texts, f"{own}:very_slow", save_every=1)
+    started = start("ppo_seq2seq", argv, tmp_path)
+    wait_for_rows(tmp_path / "run", 2)
+    own.with_name("mark").unlink()
+    time.sleep(0.5)  # now it sleeps
+    os.kill(started.processes[0].pid, signal.SIGTERM)
+    time.sleep(1.5)
+    assert started.processes[0].is_alive()
+    asked = time.monotonic()
+    os.kill(started.processes[0].pid, signal.SIGTERM)
+    assert started.finish().code == 128 + signal.SIGTERM and time.monotonic() - asked < 3
+    assert checkpoint(tmp_path / "run")["iteration"] >= 2
+    own.with_name("mark").touch()
+    run_ok("ppo_seq2seq", [*argv, "--resume"], tmp_path)
+    shutil.move(tmp_path / "run", tmp_path / "resumed")
+    run_ok("ppo_seq2seq", argv, tmp_path)
+    assert_same_outcome(tmp_path / "run", tmp_path / "resumed")
+
+
+def test_two_runs_in_one_folder(texts, own, tmp_path):
+    """The second is refused, whether it would start or resume; the first never notices."""
+    argv = command("ppo_seq2seq", "seq2seq", texts, f"{own}:slow", save_every=1)
+    started = start("ppo_seq2seq", argv, tmp_path)
+    wait_for_rows(tmp_path / "run")
+    assert_one_line(run("ppo_seq2seq", argv, tmp_path), "ppo_seq2seq", 2, ["--run-dir run", "--resume"])
+    second = run("ppo_seq2seq", [*argv, "--resume"], tmp_path)
+    assert_one_line(second, "ppo_seq2seq", 2, ["--run-dir run", "another run"])
+    assert started.finish().code == 0
+    shutil.move(tmp_path / "run", tmp_path / "first")
+    run_ok("ppo_seq2seq", argv, tmp_path)
+    assert_same_outcome(tmp_path / "run", tmp_path / "first")
+
+
+def test_two_runs_started_at_once(texts, own, tmp_path):
+    """Exactly one of them runs."""
+    argv = command("ppo_seq2seq", "seq2seq", texts, f"{own}:slow")
+    both = [start("ppo_seq2seq", argv, tmp_path) for _ in range(2)]
+    results = sorted((started.finish() for started in both), key=lambda result: result.code)
+    assert [result.code for result in results] == [0, 2]
+    assert "--run-dir run" in results[1].stderr and "Traceback" not in results[1].stderr
+    assert [row["iteration"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_real_process_on_signals(texts, own, tmp_path):
+    """`python` and `torchrun` themselves: SIGTERM to the one that was started, code 0, everything saved."""
+    for torchrun in (0, 2):
+        argv = command("ppo_seq2seq", "seq2seq", texts, f"{own}:slow", run_dir=f"run{torchrun}", num_iterations=500)
+        words = real_command("ppo_seq2seq", argv, torchrun=torchrun)
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for_rows(tmp_path / f"run{torchrun}", timeout=120)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        last = rows(tmp_path / f"run{torchrun}" / "metrics.jsonl")[-1]["iteration"]
+        assert checkpoint(tmp_path / f"run{torchrun}")["iteration"] == last
+        assert f"{last} of 500 iterations" in out
+        assert torchrun or (process.returncode == 0 and err == "")
