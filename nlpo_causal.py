@@ -152,7 +152,7 @@ class Args:
     response_length: int = 100
     """response tokens at most"""
     min_response_length: int = 0
-    """EOS cannot be sampled before this many tokens"""
+    """EOS cannot be decoded before this many tokens, in training and in evaluation"""
 
     # --- PPO
     num_iterations: int = 100
@@ -912,7 +912,7 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad
 
 
 @torch.no_grad()
-def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, pad_id):
+def beam_search(policy, queries, query_mask, decoding, lengths, eos_id, pad_id):
     """The best of num_beams responses, (B, <=T) padded behind EOS; the search is transformers' own."""
     sharded = isinstance(policy, FSDPModule)
     if sharded:
@@ -923,8 +923,8 @@ def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, 
         do_sample=False,
         num_beams=decoding.get("num_beams", 1),
         length_penalty=decoding.get("length_penalty", 1.0),
-        min_new_tokens=decoding.get("min_length", 0),
-        max_new_tokens=response_length,
+        min_new_tokens=lengths[0],
+        max_new_tokens=lengths[1],
         eos_token_id=eos_id,
         pad_token_id=pad_id,
         synced_gpus=sharded,
@@ -938,9 +938,8 @@ def decode_split(policy, tokenizer, samples, task, args, device):
     rounds = math.ceil(len(samples) / world_size)  # equal for all: the last may come to a sample that another has too
     own, texts = [(rank + world_size * i) % len(samples) for i in range(rounds)], {}
     decoding, eos_id, pad_id = task.generation, tokenizer.eos_token_id, tokenizer.pad_token_id
-    behaviour = dict(
-        temperature=decoding.get("temperature", 1.0), min_response_length=decoding.get("min_length", 0), eos_id=eos_id
-    )
+    least = args.min_response_length
+    behaviour = dict(temperature=decoding.get("temperature", 1.0), min_response_length=least, eos_id=eos_id)
     for start in tqdm(range(0, len(own), args.eval_batch_size), "evaluation", leave=False, disable=rank > 0 or None):
         indices = own[start : start + args.eval_batch_size]
         prompts = [samples[i].prompt for i in indices]
@@ -954,7 +953,8 @@ def decode_split(policy, tokenizer, samples, task, args, device):
                     policy, queries, query_mask, uniform, behaviour, decoding.get("top_k", 0), pad_id
                 )
             else:
-                responses = beam_search(policy, queries, query_mask, decoding, args.response_length, eos_id, pad_id)
+                lengths = least, args.response_length
+                responses = beam_search(policy, queries, query_mask, decoding, lengths, eos_id, pad_id)
         texts |= dict(zip(indices, tokenizer.batch_decode(responses, skip_special_tokens=True), strict=True))
     return texts
 

@@ -100,7 +100,7 @@ LIMITS = {
  "max_grad_norm": (1e-9, math.inf),
 
  "prompt_length": (1, math.inf), "response_length": (1, math.inf),
- "eval_every": (1, math.inf), "save_every": (1, math.inf),
+    "min_response_length": (0, math.inf), "eval_every": (1, math.inf), "save_every": (1, math.inf),
     "eval_samples": (0, math.inf), "scratch_vocab_size": (260, math.inf), "scratch_width": (8, math.inf),
     "scratch_layers": (1, math.inf), "scratch_heads": (1, math.inf), "seed": (0, 2**63 - 1),
 }  # fmt: skip
@@ -127,6 +127,8 @@ class Args:
     """prompt tokens at most; longer prompts are truncated on the task's side"""
     response_length: int = 100
     """response tokens at most"""
+    min_response_length: int = 0
+    """EOS cannot be decoded before this many tokens, in training and in evaluation"""
 
     # --- maximum likelihood
     num_epochs: int = 2
@@ -215,6 +217,7 @@ def parse_args(argv, policy_type: Literal["seq2seq", "causal"]) -> Args:
         metrics=tuple(m for m in task.metrics if m != "perplexity" or policy_type == "causal"),
         prompt_length=task.prompt_length,
         response_length=task.response_length,
+        min_response_length=task.min_response_length,
     )
     defaults |= dict(zip(TASK_COLUMNS, TASK_DEFAULTS.get(name, ()), strict=False))
     message = io.StringIO()
@@ -239,6 +242,10 @@ def check_args(args, world_size):
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be {bound}")
     if args.batch_size % world_size:
         raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of {world_size} processes")
+    if args.min_response_length > args.response_length:
+        raise UsageError(
+            f"--min-response-length {args.min_response_length}: at most --response-length {args.response_length}"
+        )
     for name in set(args.metrics):
         if args.metrics.count(name) > 1:
             raise UsageError(f"--metrics {name}: named twice")
@@ -741,7 +748,7 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad
 
 
 @torch.no_grad()
-def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, pad_id):
+def beam_search(policy, queries, query_mask, decoding, lengths, eos_id, pad_id):
     """The best of num_beams responses, (B, <=T) padded behind EOS; the search is transformers' own."""
     sharded = isinstance(policy, FSDPModule)
     if sharded:
@@ -752,8 +759,8 @@ def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, 
         do_sample=False,
         num_beams=decoding.get("num_beams", 1),
         length_penalty=decoding.get("length_penalty", 1.0),
-        min_new_tokens=decoding.get("min_length", 0),
-        max_new_tokens=response_length,
+        min_new_tokens=lengths[0],
+        max_new_tokens=lengths[1],
         eos_token_id=eos_id,
         pad_token_id=pad_id,
         synced_gpus=sharded,
@@ -768,9 +775,8 @@ def decode_split(policy, tokenizer, samples, task, args, device):
     rounds = math.ceil(len(samples) / world_size)  # equal for all: the last may come to a sample that another has too
     own, texts = [(rank + world_size * i) % len(samples) for i in range(rounds)], {}
     decoding, eos_id, pad_id = task.generation, tokenizer.eos_token_id, tokenizer.pad_token_id
-    behaviour = dict(
-        temperature=decoding.get("temperature", 1.0), min_response_length=decoding.get("min_length", 0), eos_id=eos_id
-    )
+    least = args.min_response_length
+    behaviour = dict(temperature=decoding.get("temperature", 1.0), min_response_length=least, eos_id=eos_id)
     for start in tqdm(range(0, len(own), args.eval_batch_size), "evaluation", leave=False, disable=rank > 0 or None):
         indices = own[start : start + args.eval_batch_size]
         prompts = [samples[i].prompt for i in indices]
@@ -784,7 +790,8 @@ def decode_split(policy, tokenizer, samples, task, args, device):
                     policy, queries, query_mask, uniform, behaviour, decoding.get("top_k", 0), pad_id
                 )
             else:
-                responses = beam_search(policy, queries, query_mask, decoding, args.response_length, eos_id, pad_id)
+                lengths = least, args.response_length
+                responses = beam_search(policy, queries, query_mask, decoding, lengths, eos_id, pad_id)
         texts |= dict(zip(indices, tokenizer.batch_decode(responses, skip_special_tokens=True), strict=True))
     return texts
 
