@@ -110,16 +110,16 @@ TASK_DEFAULTS = {
     "daily_dialog": (64, 8, 50, 2e-6, 0.2, 0.5, 0.9, 20, 100),
 }  # fmt: skip
 
-# Least and greatest value of each numeric flag, both allowed, and whether the least itself is not.
+# The least and the greatest value of each numeric flag, both allowed.
 LIMITS = {
     "num_iterations": (1, math.inf), "batch_size": (1, math.inf), "micro_batch_size": (1, math.inf),
-    "sample_batch_size": (1, math.inf), "eval_batch_size": (1, math.inf), "num_minibatches": (1, math.inf),
-    "update_epochs": (1, math.inf), "learning_rate": (1e-12, 1.0), "gamma": (0.0, 1.0), "gae_lambda": (0.0, 1.0),
-    "clip_coef": (1e-6, math.inf), "clip_vf_coef": (1e-6, math.inf), "ent_coef": (0.0, math.inf),
-    "vf_coef": (0.0, math.inf), "max_grad_norm": (1e-9, math.inf), "kl_coef": (0.0, math.inf),
-    "target_kl": (1e-9, math.inf), "early_stop_kl": (1e-9, math.inf), "temperature": (1e-3, math.inf),
+    "sample_batch_size": (1, math.inf), "eval_batch_size": (1, math.inf), "learning_rate": (1e-12, 1.0),
+    "num_minibatches": (1, math.inf), "update_epochs": (1, math.inf), "clip_coef": (1e-6, math.inf),
+    "clip_vf_coef": (1e-6, math.inf), "early_stop_kl": (1e-9, math.inf),
+    "gamma": (0.0, 1.0), "gae_lambda": (0.0, 1.0), "ent_coef": (0.0, math.inf), "vf_coef": (0.0, math.inf),
+    "kl_coef": (0.0, math.inf), "target_kl": (1e-9, math.inf), "temperature": (1e-3, math.inf),
     "top_mask": (1e-6, math.inf), "target_update_iterations": (0, math.inf), "min_tokens_to_keep": (1, math.inf),
-    "prompt_length": (1, math.inf), "response_length": (1, math.inf),
+    "max_grad_norm": (1e-9, math.inf), "prompt_length": (1, math.inf), "response_length": (1, math.inf),
     "min_response_length": (0, math.inf), "eval_every": (1, math.inf), "save_every": (1, math.inf),
     "eval_samples": (0, math.inf), "scratch_vocab_size": (260, math.inf), "scratch_width": (8, math.inf),
     "scratch_layers": (1, math.inf), "scratch_heads": (1, math.inf), "seed": (0, 2**63 - 1),

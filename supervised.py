@@ -91,15 +91,11 @@ TASK_DEFAULTS = {
     "daily_dialog": (16, 20, 1e-5),
 }  # fmt: skip
 
-# Least and greatest value of each numeric flag, both allowed, and whether the least itself is not.
+# The least and the greatest value of each numeric flag, both allowed.
 LIMITS = {
- "num_epochs": (1, math.inf), "batch_size": (1, math.inf), "micro_batch_size": (1, math.inf),
- "eval_batch_size": (1, math.inf),
- "learning_rate": (1e-12, 1.0),
-
- "max_grad_norm": (1e-9, math.inf),
-
- "prompt_length": (1, math.inf), "response_length": (1, math.inf),
+    "num_epochs": (1, math.inf), "batch_size": (1, math.inf), "micro_batch_size": (1, math.inf),
+    "eval_batch_size": (1, math.inf), "learning_rate": (1e-12, 1.0),
+    "max_grad_norm": (1e-9, math.inf), "prompt_length": (1, math.inf), "response_length": (1, math.inf),
     "min_response_length": (0, math.inf), "eval_every": (1, math.inf), "save_every": (1, math.inf),
     "eval_samples": (0, math.inf), "scratch_vocab_size": (260, math.inf), "scratch_width": (8, math.inf),
     "scratch_layers": (1, math.inf), "scratch_heads": (1, math.inf), "seed": (0, 2**63 - 1),
