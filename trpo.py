@@ -4,8 +4,8 @@ A response is an episode: the prompt is the observation, every token an action, 
 iteration samples one response to each of `--batch-size` prompts, scores the texts, pays the score at the last token
 and a penalty kl_coef * (log pi - log pi_ref) at every token, estimates advantages with GAE, and takes one step along
 the natural gradient: s = (F + damping)^-1 g by conjugate gradients, F the Fisher matrix of the policy that sampled,
-scaled by sqrt(2 delta / s'Fs), then shortened by the factor 0.8 until KL(old || new) < delta and the
-surrogate E[A pi / pi_old] has risen; if it never does, the policy stays. The critic has an optimizer of its own.
+scaled by sqrt(2 delta / s'Fs), then shortened by the factor 0.8 until KL(old || new) < delta and the surrogate
+E[A pi / pi_old] has risen; if it never does, the policy stays. The critic has an optimizer of its own.
 
     TRPO      Schulman et al. 2015, https://arxiv.org/abs/1502.05477
     GAE       Schulman et al. 2016, https://arxiv.org/abs/1506.02438
@@ -32,6 +32,7 @@ import copy
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -57,6 +58,13 @@ import tyro
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.autograd import forward_ad
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -76,33 +84,34 @@ from datapools import (
     encode_prompts,
     get_task,
     load_task,
+    offline_if_unreachable,
     pad,
     parse_kwargs,
     prompt_order,
 )
-from rewards import check_metric, check_reward, describe_error, make_metric, make_reward, score_texts
+from rewards import check_metric, check_reward, describe_error, make_metric, make_reward, measure, score_texts
 
 # What RL4LMs' configurations say of each task: batch_size is its tokens per iteration over the response length, the KL
-# columns are its own; delta is its TRPO's. It publishes no learning rates for TRPO's critic: these are PPO's times 3,
-# since ten steps stand in for hundreds. `numbers` and `dates` are set for the small scratch model, which a wider trust
-# region does not harm.
-TASK_COLUMNS = ("batch_size", "num_iterations", "learning_rate", "delta", "kl_coef", "target_kl")
+# columns are its own; delta and cg_steps are its TRPO's. It publishes no learning rates for TRPO's critic: these are
+# PPO's times 3, since ten steps stand in for hundreds. `numbers` and `dates` are set for the small scratch model: a
+# wider trust region, and fewer steps towards the exact solution, which fits the few tokens of a batch too closely.
+TASK_COLUMNS = ("batch_size", "num_iterations", "learning_rate", "delta", "cg_steps", "kl_coef", "target_kl")
 TASK_DEFAULTS = {
-    "numbers":      (64, 100, 1e-3, 0.05, 0.02, 2.0),
-    "dates":        (64, 100, 1e-3, 0.05, 0.02, 2.0),
-    "imdb":         (32, 50, 7.5e-6, 0.01, 0.1, 0.1),
-    "imdb_seq2seq": (32, 50, 7.5e-6, 0.01, 0.1, 0.1),
-    "commongen":    (128, 200, 1e-5, 0.01, 0.001, 2.0),
-    "cnn_dm":       (48, 100, 2e-5, 0.01, 0.001, 0.2),
-    "xsum":         (48, 100, 2e-5, 0.01, 0.001, 0.2),
-    "totto":        (48, 100, 1.5e-5, 0.01, 0.001, 2.0),
-    "narrative_qa": (48, 100, 1.5e-5, 0.01, 0.001, 1.0),
-    "wmt16":        (40, 50, 1.2e-5, 0.01, 0.001, 0.2),
-    "wmt14_en_de":  (40, 50, 1.2e-5, 0.01, 0.001, 0.2),
-    "wmt16_news":   (40, 50, 1.2e-5, 0.01, 0.001, 0.2),
-    "iwslt2017":    (40, 50, 1.2e-5, 0.01, 0.001, 0.2),
-    "crd3":         (64, 50, 6e-6, 0.01, 0.2, 0.5),
-    "daily_dialog": (64, 50, 6e-6, 0.01, 0.2, 0.5),
+    "numbers":      (64, 100, 1e-3, 0.1, 5, 0.02, 2.0),
+    "dates":        (64, 100, 1e-3, 0.1, 5, 0.02, 2.0),
+    "imdb":         (32, 50, 7.5e-6, 0.01, 15, 0.1, 0.1),
+    "imdb_seq2seq": (32, 50, 7.5e-6, 0.01, 15, 0.1, 0.1),
+    "commongen":    (128, 200, 1e-5, 0.01, 15, 0.001, 2.0),
+    "cnn_dm":       (48, 100, 2e-5, 0.01, 15, 0.001, 0.2),
+    "xsum":         (48, 100, 2e-5, 0.01, 15, 0.001, 0.2),
+    "totto":        (48, 100, 1.5e-5, 0.01, 15, 0.001, 2.0),
+    "narrative_qa": (48, 100, 1.5e-5, 0.01, 15, 0.001, 1.0),
+    "wmt16":        (40, 50, 1.2e-5, 0.01, 15, 0.001, 0.2),
+    "wmt14_en_de":  (40, 50, 1.2e-5, 0.01, 15, 0.001, 0.2),
+    "wmt16_news":   (40, 50, 1.2e-5, 0.01, 15, 0.001, 0.2),
+    "iwslt2017":    (40, 50, 1.2e-5, 0.01, 15, 0.001, 0.2),
+    "crd3":         (64, 50, 6e-6, 0.01, 15, 0.2, 0.5),
+    "daily_dialog": (64, 50, 6e-6, 0.01, 15, 0.2, 0.5),
 }  # fmt: skip
 
 # Least and greatest value of each numeric flag, both allowed, and whether the least itself is not.
@@ -148,7 +157,7 @@ class Args:
     response_length: int = 100
     """response tokens at most"""
     min_response_length: int = 0
-    """EOS cannot be sampled before this many tokens"""
+    """EOS cannot be decoded before this many tokens, in training and in evaluation"""
 
     # --- TRPO
     num_iterations: int = 100
@@ -244,10 +253,9 @@ def fail(message: str, code: int = 2):
 def flag_value(argv, name, default):
     """What `--name VALUE` or `--name=VALUE` gives, read ahead of the other flags, whose defaults depend on it."""
     for i, word in enumerate(argv):
-        if word == f"--{name}" and i + 1 < len(argv):
-            default = argv[i + 1]
-        elif word.startswith(f"--{name}="):
-            default = word.split("=", 1)[1]
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") == f"--{name}":
+            default = value if equals else argv[i + 1] if i + 1 < len(argv) else default
     return default
 
 
@@ -259,7 +267,8 @@ def parse_args(argv, policy_type: Literal["seq2seq", "causal"]) -> Args:
         task=name,
         model=task.seq2seq_model if policy_type == "seq2seq" else task.causal_model,
         reward=tuple(task.reward),
-        metrics=tuple(task.metrics),
+        # perplexity of the references is defined for decoder-only models
+        metrics=tuple(m for m in task.metrics if m != "perplexity" or policy_type == "causal"),
         prompt_length=task.prompt_length,
         response_length=task.response_length,
         min_response_length=task.min_response_length,
@@ -285,21 +294,34 @@ def check_args(args, world_size):
     """Raises UsageError for what can be seen to be wrong before anything is loaded."""
     for name, (least, most) in LIMITS.items():
         value = getattr(args, name, None)
-        if value is not None and not least <= value <= most:
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
             bound = f"at least {least}" if most == math.inf else f"between {least} and {most}"
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be {bound}")
     if args.batch_size % world_size:
         raise UsageError(f"--batch-size {args.batch_size}: must be a multiple of {world_size} processes")
-    if args.min_response_length >= args.response_length:
+    if args.min_response_length > args.response_length:
         raise UsageError(
-            f"--min-response-length {args.min_response_length}: must be below --response-length {args.response_length}"
+            f"--min-response-length {args.min_response_length}: at most --response-length {args.response_length}"
         )
+    if not args.reward:
+        raise UsageError("--reward: name at least one")
+    for flag, names in (("reward", args.reward), ("metrics", args.metrics)):
+        for name in set(names):
+            if names.count(name) > 1:
+                raise UsageError(f"--{flag} {name}: named twice")
     if len(args.reward_weights) != len(args.reward):
         raise UsageError(f"--reward-weights has {len(args.reward_weights)} values for {len(args.reward)} rewards")
+    for weight in args.reward_weights:
+        if not math.isfinite(weight):
+            raise UsageError(f"--reward-weights {weight}: must be finite")
     if args.scratch_width % args.scratch_heads:
         raise UsageError(f"--scratch-heads {args.scratch_heads}: must divide --scratch-width {args.scratch_width}")
     if args.resume and not args.run_dir:
         raise UsageError("--resume: say which run by --run-dir")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--track: wandb is not installed; pip install wandb")
+    if args.run_dir and Path(args.run_dir).exists() and not Path(args.run_dir).is_dir():
+        raise UsageError(f"--run-dir {args.run_dir}: not a folder")
     if args.run_dir and Path(args.run_dir).exists() and not args.resume and any(Path(args.run_dir).iterdir()):
         raise UsageError(f"--run-dir {args.run_dir}: exists; go on with it by --resume, or name another folder")
     if args.data and not Path(args.data).exists():
@@ -318,7 +340,16 @@ def distributed_setup(use_cuda):
     if "WORLD_SIZE" in os.environ:
         # rank 0 computes the metrics of an evaluation while the others wait: hours for a learned metric, not minutes
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        sys.excepthook = explain_lost_process
     return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
+
+
+def explain_lost_process(kind, error, trace):
+    """The excepthook of a distributed run: one line where another process' end has broken a collective operation."""
+    if issubclass(kind, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+        print("error: another process of this run has ended; go on by --resume with its --run-dir", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def all_reduce_sum(tensor):
@@ -391,6 +422,8 @@ def open_run_dir(run_dir, config, args, rank):
             check_same_run(json.loads(checkpoint["config"]), config)
     except BlockingIOError:
         error = f"--run-dir {run_dir}: another run is writing there; wait for it, or name another folder"
+    except OSError as os_error:
+        error = f"--run-dir {run_dir}: cannot be used: {os_error}"
     except UsageError as usage_error:
         error = str(usage_error)
     stop_together(error, code=2)
@@ -407,7 +440,7 @@ def check_same_run(saved, config):
     free = {
         "run_dir", "resume", "allow_changes", "track", "wandb_project", "metrics", "metric_kwargs", "cuda",
         "eval_every", "eval_samples", "save_every", "micro_batch_size", "sample_batch_size", "eval_batch_size",
-        "world_size", "compile",
+        "world_size", "compile", "fsdp",
     }  # fmt: skip
     names = [name for name in config if name not in free and json.loads(json.dumps(config[name])) != saved.get(name)]
     if names:
@@ -416,11 +449,14 @@ def check_same_run(saved, config):
 
 
 def save_model(run_dir, policy, tokenizer):
-    """model/, whole at any moment: written aside and renamed."""
+    """Leaves model/ for from_pretrained, written aside and renamed. To be called on all processes; rank 0 writes."""
+    weights = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     aside, old = run_dir / "model.tmp", run_dir / "model.old"
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    policy.save_pretrained(aside)
+    policy.save_pretrained(aside, state_dict=weights)
     tokenizer.save_pretrained(aside)
     if (run_dir / "model").exists():
         (run_dir / "model").rename(old)
@@ -429,46 +465,55 @@ def save_model(run_dir, policy, tokenizer):
 
 
 def append_jsonl(path, row):
+    """One more line of JSON in a file."""
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def save_checkpoint(run_dir, state):
-    """Writes checkpoint/iteration_N.pt aside, then renames, then names it with its checksum in checkpoint/latest.json.
+    """Writes checkpoint/iteration_N.pt aside, renames it, then names it with its checksum in checkpoint/latest.json.
 
     A crash at any moment leaves latest.json with a whole file; the one before is kept too, in case a disk garbles it.
+    Returns what went wrong, or None.
     """
-    folder = run_dir / "checkpoint"
-    folder.mkdir(exist_ok=True)
-    for name in ("metrics.jsonl", "eval.jsonl"):  # their rows so far are part of the state: resuming cuts what is later
-        state[name] = (run_dir / name).stat().st_size if (run_dir / name).exists() else 0
-    file = folder / f"iteration_{state['iteration']}.pt"
-    with open(file.with_suffix(".tmp"), "wb") as aside:
-        torch.save(state, aside)
-        aside.flush()
-        os.fsync(aside.fileno())
-    with open(file.with_suffix(".tmp"), "rb") as aside:
-        checksum = hashlib.file_digest(aside, "sha256").hexdigest()
-    os.replace(file.with_suffix(".tmp"), file)
-    latest = folder / "latest.json"
-    known = json.loads(latest.read_text()) if latest.exists() else []
-    known = [{"file": file.name, "sha256": checksum}] + [entry for entry in known if entry["file"] != file.name]
-    latest.with_suffix(".tmp").write_text(json.dumps(known[:2], indent=1))
-    os.replace(latest.with_suffix(".tmp"), latest)
-    for old in folder.glob("iteration_*"):
-        if old.name not in [entry["file"] for entry in known[:2]]:
+    latest = run_dir / "checkpoint" / "latest.json"
+    latest.parent.mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "eval.jsonl"):  # resuming cuts what is written after this
+        state[name] = (run_dir / name).stat().st_size
+    file = latest.with_name(f"iteration_{state['iteration']}.pt")
+    aside = file.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        with open(aside, "rb") as stream:
+            known = [{"file": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}]
+        if latest.exists():
+            known += [entry for entry in json.loads(latest.read_text()) if entry["file"] != file.name][:1]
+        os.replace(aside, file)
+        aside.write_text(json.dumps(known, indent=1))
+        os.replace(aside, latest)
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+        aside.unlink(missing_ok=True)
+        return f"{file}: cannot be written, the checkpoint before it is whole: {error}"
+    for old in latest.parent.glob("iteration_*"):
+        if old.name not in [entry["file"] for entry in known]:
             old.unlink()
 
 
 def load_checkpoint(run_dir):
-    """The state that was saved last, or None. UsageError if the file is not what was written."""
+    """The state that was saved last, or None. UsageError if a file is not what was written."""
     latest = run_dir / "checkpoint" / "latest.json"
     if not latest.exists():
         return None
-    known = json.loads(latest.read_text())
-    file = latest.parent / known[0]["file"]
-    if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != known[0]["sha256"]:
-        way_out = f"; to go on from {known[1]['file']}, remove the first entry of {latest}" if len(known) > 1 else ""
+    try:
+        known = [(entry["file"], entry["sha256"]) for entry in json.loads(latest.read_text())]
+        file, checksum = latest.parent / known[0][0], known[0][1]
+    except (ValueError, TypeError, KeyError, IndexError):
+        raise UsageError(f"{latest}: damaged; without it, --resume starts the run anew") from None
+    if not file.exists() or hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() != checksum:
+        way_out = f"; to go on from {known[1][0]}, remove the first entry of {latest}" if len(known) > 1 else ""
         raise UsageError(f"{file}: damaged, its checksum is not the one that was written{way_out}")
     return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -483,7 +528,7 @@ def plot_curves(run_dir):
         panels[f"eval/val/{name}"] = [(r["iteration"], r[name]) for r in val]
     panels = {name: points for name, points in panels.items() if points}
     columns = 4
-    figure = Figure(figsize=(4 * columns, 3 * math.ceil(len(panels) / columns)), layout="constrained")
+    figure = Figure(figsize=(4 * columns, 3 * math.ceil(len(panels) / columns)), layout="tight")
     for i, (name, points) in enumerate(panels.items()):
         axes = figure.add_subplot(math.ceil(len(panels) / columns), columns, i + 1)
         axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, markersize=3)
@@ -581,8 +626,11 @@ def load_config(args):
     """The model's config, and UsageError if it is none or too short; None for scratch. Sets args.policy_type by it."""
     if args.model == "scratch":
         return None
+    if not Path(args.model).exists():
+        offline_if_unreachable()
     try:
         config = AutoConfig.from_pretrained(args.model)
+        AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"--model {args.model}: neither a model folder nor to be had from the hub: {reason}") from None
@@ -603,7 +651,10 @@ def load_model(args, texts):
         policy, tokenizer = build_scratch_model(args, texts)
     else:
         auto_model = AutoModelForSeq2SeqLM if args.policy_type == "seq2seq" else AutoModelForCausalLM
-        policy = auto_model.from_pretrained(args.model, dtype=torch.float32)
+        try:
+            policy = auto_model.from_pretrained(args.model, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--model {args.model}: cannot be loaded: {error}") from None
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     if tokenizer.pad_token_id is None:  # GPT-2 has none; any token will do, since masks come from lengths
         tokenizer.pad_token = tokenizer.eos_token
@@ -617,12 +668,11 @@ def prompt_and_response(query_mask, length):
 
 
 def start_decoding(policy, queries, query_mask, length):
-    """Returns what decode_step needs, and its first input: the decoder's start token (B, 1), or the prompts (B, Q)."""
+    """What decode_step needs, and its first input: the decoder's start token (B, 1)."""
     if policy.config.is_encoder_decoder:
-        encoder_outputs = policy.get_encoder()(input_ids=queries, attention_mask=query_mask)
         cache = EncoderDecoderCache(DynamicCache(config=policy.config), DynamicCache(config=policy.config))
         start = queries.new_full((len(queries), 1), policy.config.decoder_start_token_id)
-        return dict(encoder_outputs=encoder_outputs, attention_mask=query_mask, past_key_values=cache), start
+        return dict(input_ids=queries, attention_mask=query_mask, past_key_values=cache), start
     mask, position_ids = prompt_and_response(query_mask, length)
     return dict(mask=mask, position_ids=position_ids, cache=DynamicCache(config=policy.config)), queries
 
@@ -630,7 +680,10 @@ def start_decoding(policy, queries, query_mask, length):
 def decode_step(policy, state, inputs):
     """Logits (B, V) of the next response token; inputs (B, n) are the tokens that the cache has not seen."""
     if policy.config.is_encoder_decoder:
-        return policy(decoder_input_ids=inputs, use_cache=True, **state).logits[:, -1]
+        outputs = policy(decoder_input_ids=inputs, use_cache=True, **state)
+        state.pop("input_ids", None)  # the encoder runs once
+        state["encoder_outputs"] = (outputs.encoder_last_hidden_state,)
+        return outputs.logits[:, -1]
     seen = state["cache"].get_seq_length()
     now = seen + inputs.shape[1]
     outputs = policy(
@@ -733,9 +786,20 @@ class Agent(nn.Module):
 
 
 def fingerprint(model):
-    """The sum of all weights and of their squares: what tells the model of another run."""
-    weights = [p.detach().double() for p in model.parameters()]
-    return [sum(w.sum().item() for w in weights), sum(w.square().sum().item() for w in weights)]
+    """A checksum of the weights: what tells the model of another run."""
+    checksum = hashlib.sha256()
+    for weight in model.parameters():
+        checksum.update(weight.detach().cpu().numpy().data)
+    return checksum.hexdigest()
+
+
+def all_ended(finished, policy):
+    """Whether sampling is over; the holders of a sharded policy take every step together, as each needs all parts."""
+    ended = finished.all()
+    if isinstance(policy, FSDPModule):
+        ended = ended.int()
+        dist.all_reduce(ended, dist.ReduceOp.MIN)
+    return ended
 
 
 def keep_top_k(logits, k):
@@ -744,7 +808,7 @@ def keep_top_k(logits, k):
     return logits.masked_fill(logits < least, -math.inf)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad_id):
     """Samples with a KV cache, one forward pass per token, until every row has ended.
 
@@ -766,7 +830,7 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad
         kept_mass.append((restricted.logsumexp(-1) - logits.logsumexp(-1)).exp())
         inputs = tokens.unsqueeze(1)
         finished = finished | (tokens == behaviour["eos_id"])
-        if (t + 1) % ask_every == 0 and finished.all():
+        if (t + 1) % ask_every == 0 and all_ended(finished, policy):
             break
     return torch.stack(responses, 1), torch.stack(kept_mass, 1)
 
@@ -774,19 +838,23 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-@torch.inference_mode()
-def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, pad_id):
+@torch.no_grad()
+def beam_search(policy, queries, query_mask, decoding, lengths, eos_id, pad_id):
     """The best of num_beams responses, (B, <=T) padded behind EOS; the search is transformers' own."""
+    sharded = isinstance(policy, FSDPModule)
+    if sharded:
+        policy.unshard()  # its embeddings, as generate runs the encoder by itself
     output = policy.generate(
         input_ids=queries,
         attention_mask=query_mask.long(),
         do_sample=False,
         num_beams=decoding.get("num_beams", 1),
         length_penalty=decoding.get("length_penalty", 1.0),
-        min_new_tokens=decoding.get("min_length", 0),
-        max_new_tokens=response_length,
+        min_new_tokens=lengths[0],
+        max_new_tokens=lengths[1],
         eos_token_id=eos_id,
         pad_token_id=pad_id,
+        synced_gpus=sharded,
     )
     # without the decoder's start token, or the prompt
     return output[:, 1 if policy.config.is_encoder_decoder else queries.shape[1] :]
@@ -795,11 +863,11 @@ def beam_search(policy, queries, query_mask, decoding, response_length, eos_id, 
 def decode_split(policy, tokenizer, samples, task, args, device):
     """Responses to this process' share of the samples, by the task's way of decoding: {index: text}."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    own, texts = list(range(rank, len(samples), world_size)), {}
+    rounds = math.ceil(len(samples) / world_size)  # equal for all: the last may come to a sample that another has too
+    own, texts = [(rank + world_size * i) % len(samples) for i in range(rounds)], {}
     decoding, eos_id, pad_id = task.generation, tokenizer.eos_token_id, tokenizer.pad_token_id
-    behaviour = dict(
-        temperature=decoding.get("temperature", 1.0), min_response_length=decoding.get("min_length", 0), eos_id=eos_id
-    )
+    least = args.min_response_length
+    behaviour = dict(temperature=decoding.get("temperature", 1.0), min_response_length=least, eos_id=eos_id)
     for start in tqdm(range(0, len(own), args.eval_batch_size), "evaluation", leave=False, disable=rank > 0 or None):
         indices = own[start : start + args.eval_batch_size]
         prompts = [samples[i].prompt for i in indices]
@@ -813,7 +881,8 @@ def decode_split(policy, tokenizer, samples, task, args, device):
                     policy, queries, query_mask, uniform, behaviour, decoding.get("top_k", 0), pad_id
                 )
             else:
-                responses = beam_search(policy, queries, query_mask, decoding, args.response_length, eos_id, pad_id)
+                lengths = least, args.response_length
+                responses = beam_search(policy, queries, query_mask, decoding, lengths, eos_id, pad_id)
         texts |= dict(zip(indices, tokenizer.batch_decode(responses, skip_special_tokens=True), strict=True))
     return texts
 
@@ -824,28 +893,26 @@ def evaluate(policy, samples, split, iteration, tokenizer, metrics, task, args, 
     for part in gather_objects(decode_split(policy, tokenizer, samples, task, args, device)):
         texts |= part
     generations = [texts[i] for i in range(len(samples))]
-    columns = [s.prompt for s in samples], generations, [s.references for s in samples], [s.meta for s in samples]
     row, error = {"iteration": iteration, "split": split}, None
     predictions = [
         {"id": s.id, "prompt": s.prompt, "generation": g, "references": s.references}
         for s, g in zip(samples, generations, strict=True)
     ]
-    for metric in metrics.values() if int(os.environ.get("RANK", 0)) == 0 else ():
-        future = executor.submit(metric, *columns, model=policy, tokenizer=tokenizer)
+    for name, metric in metrics.items() if int(os.environ.get("RANK", 0)) == 0 else ():
+        future = executor.submit(measure, name, metric, samples, generations, policy, tokenizer)
         if future.exception():
-            error = f"iteration {iteration}: a metric failed: {describe_error(future.exception())}"
+            error = f"iteration {iteration}: metric {name} failed: {describe_error(future.exception())}"
             break
-        for name, (per_sample, value) in future.result().items():
-            row[name] = value
-            for prediction, own in zip(predictions, per_sample or [], strict=False):
-                prediction[name] = own
+        for figure, (per_sample, value) in future.result().items():
+            row[figure] = value
+            for prediction, own_value in zip(predictions, per_sample or [], strict=per_sample is not None):
+                prediction[figure] = own_value
     stop_together(error)
     if int(os.environ.get("RANK", 0)) == 0:
         (run_dir / "predictions").mkdir(exist_ok=True)
         lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
         (run_dir / "predictions" / f"{split}_{iteration}.jsonl").write_text("".join(lines))
         append_jsonl(run_dir / "eval.jsonl", row)
-        plot_curves(run_dir)
         tqdm.write(f"--- {split} after {iteration} iterations: {len(samples)} samples")
         tqdm.write("\n".join(f"    {name:<32} {row[name]:.4f}" for name in list(row)[2:]))
         for prediction in predictions[:2]:
@@ -975,13 +1042,14 @@ def surrogate_and_kl(candidate, actor, micro_batches, num_tokens, autocast):
 if __name__ == "__main__":
     # ---------------------------------------------------------------- set-up; what is wrong is said before models load
     signals = install_signal_handlers()
+    transformers.utils.logging.disable_progress_bar()
     try:
         args = parse_args(sys.argv[1:], flag_value(sys.argv, "policy-type", Args.policy_type))
         task = get_task(args.task)
         check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
-        load_config(args)
         task_kwargs = parse_kwargs(args.task_kwargs, ["task"], {})["task"]
         train, val, test = (load_task(args.task, split, args.data, **task_kwargs) for split in ("train", "val", "test"))
+        load_config(args)
         for name in args.reward:
             check_reward(name, train)
         for name in args.metrics:
@@ -992,6 +1060,7 @@ if __name__ == "__main__":
         reward_functions = {name: make_reward(name, device=device_type, **options[name]) for name in args.reward}
         options = parse_kwargs(args.metric_kwargs, args.metrics, task.metric_kwargs)
         metrics = {name: make_metric(name, device=device_type, **options[name]) for name in args.metrics}
+        policy, tokenizer = load_model(args, [text for s in train for text in (s.prompt, *s.references)])
     except UsageError as error:
         fail(str(error))
     for reward_function in reward_functions.values():
@@ -1000,12 +1069,13 @@ if __name__ == "__main__":
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
     rank, world_size, device = distributed_setup(args.cuda)
 
-    policy, tokenizer = load_model(args, [text for s in train for text in (s.prompt, *s.references)])
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    policy.to(device)
+    start_model = dict(start_model=fingerprint(policy))
     reference = copy.deepcopy(policy).requires_grad_(False)
     torch.manual_seed(args.seed)  # of the value head
-    value_model = ValueModel(value_backbone(policy)).to(device)
+    value_model = ValueModel(value_backbone(policy))
+    for model in (policy, reference, value_model):
+        model.to(device)
     behaviour = dict(temperature=args.temperature, min_response_length=args.min_response_length, eos_id=eos_id)
     agent = Agent(policy, value_model, behaviour)
     actor = BehaviourPolicy(policy, behaviour)
@@ -1017,13 +1087,13 @@ if __name__ == "__main__":
     # ---------------------------------------------------------------- the run folder, and the checkpoint to go on from
     run_name = f"{Path(args.task).stem}__{Path(__file__).stem}__{args.seed}__{datetime.now():%Y%m%d_%H%M%S}"
     run_dir = Path(args.run_dir or f"runs/{gather_objects(run_name)[0]}")
-    config = asdict(args) | {"start_model_fingerprint": fingerprint(policy), "world_size": world_size}
+    config = asdict(args) | start_model | {"world_size": world_size}
     lock, checkpoint = open_run_dir(run_dir, config, args, rank)
     iteration, kl_coef = 0, args.kl_coef
+    whole = StateDictOptions(full_state_dict=True)  # checkpoints do not know of processes
     if checkpoint:
-        policy.load_state_dict(checkpoint["policy"])
-        value_model.load_state_dict(checkpoint["value_model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        saved = dict(model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"])
+        set_state_dict(agent, optimizer, **saved, options=whole)
         iteration, kl_coef = checkpoint["iteration"], checkpoint["kl_coef"]
     executor = concurrent.futures.ThreadPoolExecutor(1)  # computes rewards while the models work
     if rank == 0:
@@ -1144,8 +1214,9 @@ if __name__ == "__main__":
         curvature = dot(direction, product)
         full_step = math.sqrt(2 * args.delta / curvature) if curvature > 0 else 0.0  # 0: there is no gradient
 
-        # the longest step that stays within the trust region and improves the surrogate; or none
-        change, line_search = unflatten(direction, parameters), (actor, [b[:4] for b in batches], num_tokens, autocast)
+        # the longest of the lengths that stays within the trust region and improves the surrogate; or none
+        change = unflatten(direction, parameters)
+        line_search = (actor, [batch[:4] for batch in batches], num_tokens, autocast)
         for line_search_steps in range(1, args.line_search_steps + 1):
             step_size = full_step * args.line_search_factor ** (line_search_steps - 1)
             candidate = {name: p.detach() + step_size * change[name] for name, p in parameters.items()}
@@ -1178,8 +1249,7 @@ if __name__ == "__main__":
         update_ended = seconds(device)
 
         # 7. KL controller, on the mean KL per token over all processes
-        error = (returns - values).double()[response_mask]
-        returned = returns.double()[response_mask]
+        returned, residual = returns.double()[response_mask], (returns - values).double()[response_mask]
         sums = dict(
             sequences=B,
             tokens=response_mask.sum(),
@@ -1190,8 +1260,8 @@ if __name__ == "__main__":
             kept_mass=(kept_mass * response_mask).sum(),
             returns=returned.sum(),
             squared_returns=(returned**2).sum(),
-            error=error.sum(),
-            squared_error=(error**2).sum(),
+            residual=residual.sum(),
+            squared_residual=(residual**2).sum(),
         )
         sums |= {f"reward/{name}": mean * B for name, mean in reward_means.items()}
         sums |= dict(value=critic_sum)
@@ -1203,7 +1273,7 @@ if __name__ == "__main__":
 
         # 8. log: every figure is over all processes
         variance = sums["squared_returns"] / tokens - (sums["returns"] / tokens) ** 2
-        unexplained = sums["squared_error"] / tokens - (sums["error"] / tokens) ** 2
+        unexplained = sums["squared_residual"] / tokens - (sums["residual"] / tokens) ** 2
         log_ended = seconds(device)
         row = {
             "iteration": iteration,
@@ -1249,24 +1319,23 @@ if __name__ == "__main__":
         done, stopping = iteration == args.num_iterations, any(gather_objects(bool(signals)))
         if done or iteration % args.eval_every == 0:
             evaluate(policy, val, "val", iteration, *evaluation)
-        if rank == 0 and (done or stopping or iteration % args.save_every == 0):
-            state = dict(
-                iteration=iteration,
-                kl_coef=kl_coef,
-                policy=policy.state_dict(),
-                value_model=value_model.state_dict(),
-                optimizer=optimizer.state_dict(),
-                config=json.dumps(config),
-            )
-            save_checkpoint(run_dir, state)
+        if done or stopping or iteration % args.save_every == 0:
+            model_state, optimizer_state = get_state_dict(agent, optimizer, options=whole)
+            state = dict(iteration=iteration, kl_coef=kl_coef, config=json.dumps(config))
+            state |= dict(model=model_state, optimizer=optimizer_state)
+            error = save_checkpoint(run_dir, state) if rank == 0 else None
+            stop_together(error and f"iteration {iteration}: {error}")
+            if rank == 0:
+                plot_curves(run_dir)
         if stopping:
             break
 
     progress.close()
     if iteration == args.num_iterations:
         evaluate(policy, test, "test", iteration, *evaluation)
+    save_model(run_dir, policy, tokenizer)
     if rank == 0:
-        save_model(run_dir, policy, tokenizer)
+        plot_curves(run_dir)
         go_on = f"; go on with --run-dir {run_dir} --resume" if iteration < args.num_iterations else ""
         print(f"{run_dir}: {iteration} of {args.num_iterations} iterations done{go_on}", flush=True)
     if dist.is_initialized():
