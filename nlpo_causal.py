@@ -70,6 +70,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from datapools import (
     UsageError,
@@ -548,7 +549,7 @@ def save_checkpoint(run_dir, state):
         os.replace(aside, latest)
     except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
         aside.unlink(missing_ok=True)
-        return f"{file}: cannot be written, the checkpoint before it is whole: {error}"
+        return f"checkpoint {file} cannot be written, the one before it is whole: {error.__context__ or error}"
     for old in latest.parent.glob("iteration_*"):
         if old.name not in [entry["file"] for entry in known]:
             old.unlink()
@@ -601,6 +602,10 @@ CURVES = [
 
 
 # ------------------------------------------------------------------------------------------------ text and tokens
+
+
+# any one of these tells transformers what the tokenizer is; without one it makes up an empty one
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json")
 
 
 def train_tokenizer(texts, vocab_size, ends_with_eos):
@@ -673,8 +678,10 @@ def load_config(args):
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"--model {args.model}: neither a model folder nor to be had from the hub: {reason}") from None
-    if config.is_encoder_decoder:
-        raise UsageError(f"--model {args.model}: {config.model_type} is encoder-decoder; its script is the seq2seq one")
+    if Path(args.model).is_dir() and not any(Path(args.model, name).exists() for name in TOKENIZER_FILES):
+        raise UsageError(f"--model {args.model}: has no tokenizer; save_pretrained that of the model there too")
+    if config.is_encoder_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(f"--model {args.model}: {config.model_type} is no decoder-only LM; see the seq2seq script")
     limit, wanted = getattr(config, "max_position_embeddings", math.inf), args.prompt_length + args.response_length
     if wanted > limit:
         raise UsageError(f"--prompt-length + --response-length = {wanted}: {args.model} has {limit} positions")
@@ -985,6 +992,10 @@ def evaluate(policy, samples, split, iteration, tokenizer, metrics, task, args, 
         lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
         (run_dir / "predictions" / f"{split}_{iteration}.jsonl").write_text("".join(lines))
         append_jsonl(run_dir / "eval.jsonl", row)
+        if args.track:
+            import wandb
+
+            wandb.log({f"eval/{split}/{name}": row[name] for name in list(row)[2:]}, step=iteration)
         tqdm.write(f"--- {split} after {iteration} iterations: {len(samples)} samples")
         tqdm.write("\n".join(f"    {name:<32} {row[name]:.4f}" for name in list(row)[2:]))
         for prediction in predictions[:2]:

@@ -1075,6 +1075,8 @@ def bertscore(
     model_type = model_type or library.utils.lang2model[lang]
     if num_layers is None and model_type not in library.utils.model2layers:
         raise UsageError(f"bertscore: pass num_layers for {model_type!r}, a model that bert-score does not know")
+    if not Path(model_type).exists():
+        offline_if_unreachable()
     try:
         scorer = library.BERTScorer(model_type=model_type, num_layers=num_layers, batch_size=batch_size, device=device)
     except (OSError, ValueError) as error:
