@@ -77,6 +77,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from datapools import (
     UsageError,
@@ -496,7 +500,7 @@ def save_checkpoint(run_dir, state):
         os.replace(aside, latest)
     except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
         aside.unlink(missing_ok=True)
-        return f"{file}: cannot be written, the checkpoint before it is whole: {error}"
+        return f"checkpoint {file} cannot be written, the one before it is whole: {error.__context__ or error}"
     for old in latest.parent.glob("iteration_*"):
         if old.name not in [entry["file"] for entry in known]:
             old.unlink()
@@ -548,6 +552,10 @@ CURVES = [
 
 
 # ------------------------------------------------------------------------------------------------ text and tokens
+
+
+# any one of these tells transformers what the tokenizer is; without one it makes up an empty one
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json")
 
 
 def train_tokenizer(texts, vocab_size, ends_with_eos):
@@ -634,7 +642,12 @@ def load_config(args):
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"--model {args.model}: neither a model folder nor to be had from the hub: {reason}") from None
+    if Path(args.model).is_dir() and not any(Path(args.model, name).exists() for name in TOKENIZER_FILES):
+        raise UsageError(f"--model {args.model}: has no tokenizer; save_pretrained that of the model there too")
     args.policy_type = "seq2seq" if config.is_encoder_decoder else "causal"
+    known = dict(seq2seq=MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, causal=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if config.model_type not in known[args.policy_type]:
+        raise UsageError(f"--model {args.model}: {config.model_type} is no language model that could be trained here")
     limit = getattr(config, "max_position_embeddings", math.inf)  # T5's positions are relative: no limit
     wanted = {"--prompt-length": args.prompt_length, "--response-length": args.response_length}
     if args.policy_type == "causal":
@@ -913,6 +926,10 @@ def evaluate(policy, samples, split, iteration, tokenizer, metrics, task, args, 
         lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
         (run_dir / "predictions" / f"{split}_{iteration}.jsonl").write_text("".join(lines))
         append_jsonl(run_dir / "eval.jsonl", row)
+        if args.track:
+            import wandb
+
+            wandb.log({f"eval/{split}/{name}": row[name] for name in list(row)[2:]}, step=iteration)
         tqdm.write(f"--- {split} after {iteration} iterations: {len(samples)} samples")
         tqdm.write("\n".join(f"    {name:<32} {row[name]:.4f}" for name in list(row)[2:]))
         for prediction in predictions[:2]:
