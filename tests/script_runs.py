@@ -91,14 +91,17 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def run_in_child(script, argv, cwd, env, out, err, draw, kill_at, events_file):
+def run_in_child(script, argv, cwd, env, out, err, draw, missing, kill_at, events_file):
     """What the forked process does.
 
-    draw: whether it draws curves.png, which takes longer than all else. kill_at (function, n): it kills itself at the
-    n-th call in that function of the script. events_file: where it leaves the number of calls in each.
+    draw: whether it draws curves.png, which takes longer than all else. missing: a module that cannot be imported.
+    kill_at (function, n): it kills itself at the n-th call in that function of the script. events_file: where it
+    leaves the number of calls in each.
     """
     if not draw:
         matplotlib.figure.Figure = MagicMock()
+    if missing:
+        sys.modules[missing] = None
     os.environ.update(env)
     os.chdir(cwd)
     for descriptor, path in ((1, out), (2, err)):
@@ -152,7 +155,9 @@ class Started:
         return Result(code, out, err, time.monotonic() - self.started)
 
 
-def start(script, argv, cwd, processes=1, env=None, draw=False, kill_at=None, kill_rank=0, events_file=None):
+def start(
+    script, argv, cwd, processes=1, env=None, draw=False, missing=None, kill_at=None, kill_rank=0, events_file=None
+):
     """Starts `python SCRIPT ARGV`, or as many processes of it as torchrun would."""
     env, children, outputs = dict(env or {}), [], []
     if processes > 1:
@@ -163,7 +168,7 @@ def start(script, argv, cwd, processes=1, env=None, draw=False, kill_at=None, ki
         ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank)) if processes > 1 else {}
         output = (f"{stem}_{rank}.out", f"{stem}_{rank}.err")
         kill, events = (kill_at, events_file) if rank == kill_rank else (None, None)
-        arguments = (script, list(map(str, argv)), str(cwd), env | ranks, *output, draw, kill, events)
+        arguments = (script, list(map(str, argv)), str(cwd), env | ranks, *output, draw, missing, kill, events)
         child = context.Process(target=run_in_child, args=arguments)
         child.start()
         children.append(child)

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -586,6 +587,14 @@ def test_fingerprint_tells_models_apart_but_not_threads(script):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run folder with the logs that every checkpoint knows the length of."""
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
 def state_of(iteration):
     torch.manual_seed(iteration)
     model = torch.nn.Linear(3, 2)
@@ -595,32 +604,32 @@ def state_of(iteration):
     return dict(iteration=iteration, kl_coef=0.1, policy=model.state_dict(), optimizer=optimizer.state_dict())
 
 
-def test_checkpoint_comes_back_to_the_bit(script, tmp_path):
-    assert script.load_checkpoint(tmp_path) is None
-    (tmp_path / "metrics.jsonl").write_text("12345\n")
+def test_checkpoint_comes_back_to_the_bit(script, run_dir):
+    assert script.load_checkpoint(run_dir) is None
+    (run_dir / "metrics.jsonl").write_text("12345\n")
     for iteration in (1, 2, 3):
         state = state_of(iteration)
-        script.save_checkpoint(tmp_path, dict(state))
-        loaded = script.load_checkpoint(tmp_path)
+        script.save_checkpoint(run_dir, dict(state))
+        loaded = script.load_checkpoint(run_dir)
         assert same({key: loaded[key] for key in state}, state)
         assert loaded["metrics.jsonl"] == 6 and loaded["eval.jsonl"] == 0
     # the one before is kept as well, older ones are not
-    kept = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    kept = {path.name for path in (run_dir / "checkpoint").iterdir()}
     assert kept == {"iteration_2.pt", "iteration_3.pt", "latest.json"}
 
 
-def test_leftovers_of_a_crash_are_ignored(script, tmp_path):
-    script.save_checkpoint(tmp_path, state_of(1))
-    folder = tmp_path / "checkpoint"
+def test_leftovers_of_a_crash_are_ignored(script, run_dir):
+    script.save_checkpoint(run_dir, state_of(1))
+    folder = run_dir / "checkpoint"
     (folder / "iteration_2.tmp").write_bytes(b"half a checkpoint")
     (folder / "iteration_2.pt").write_bytes(b"whole but not yet named in latest.json")
     (folder / "latest.tmp").write_text("[{")
-    assert script.load_checkpoint(tmp_path)["iteration"] == 1
-    script.save_checkpoint(tmp_path, state_of(2))
-    assert script.load_checkpoint(tmp_path)["iteration"] == 2
+    assert script.load_checkpoint(run_dir)["iteration"] == 1
+    script.save_checkpoint(run_dir, state_of(2))
+    assert script.load_checkpoint(run_dir)["iteration"] == 2
 
 
-def test_crash_at_any_call_of_save_checkpoint_leaves_a_whole_one(script, tmp_path, monkeypatch):
+def test_crash_at_any_call_of_save_checkpoint_leaves_a_whole_one(script, run_dir, monkeypatch):
     """Every step of it fails once; what load_checkpoint then finds is whole, the state before or the new one."""
 
     class Crash(BaseException):
@@ -629,8 +638,8 @@ def test_crash_at_any_call_of_save_checkpoint_leaves_a_whole_one(script, tmp_pat
     steps = [("os", "fsync"), ("os", "replace"), ("torch", "save"), ("hashlib", "file_digest"), ("json", "dumps")]
     for module, name in steps:
         for n in (1, 2):
-            folder = tmp_path / f"{name}_{n}"
-            folder.mkdir()
+            folder = run_dir / f"{name}_{n}"
+            shutil.copytree(run_dir, folder, ignore=lambda path, names: [x for x in names if not x.endswith("jsonl")])
             script.save_checkpoint(folder, state_of(1))
             script.save_checkpoint(folder, state_of(2))
             original, calls = getattr(getattr(script, module), name), []
@@ -659,30 +668,30 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_refused_by_name(script, tmp_path, damage):
+def test_damaged_checkpoint_is_refused_by_name(script, run_dir, damage):
     """The message names the file and the one before, and the way out that it describes works."""
-    script.save_checkpoint(tmp_path, state_of(4))
-    script.save_checkpoint(tmp_path, state_of(8))
-    file, latest = tmp_path / "checkpoint" / "iteration_8.pt", tmp_path / "checkpoint" / "latest.json"
+    script.save_checkpoint(run_dir, state_of(4))
+    script.save_checkpoint(run_dir, state_of(8))
+    file, latest = run_dir / "checkpoint" / "iteration_8.pt", run_dir / "checkpoint" / "latest.json"
     file.write_bytes(DAMAGES[damage](file.read_bytes()))
     with pytest.raises(UsageError) as caught:
-        script.load_checkpoint(tmp_path)
+        script.load_checkpoint(run_dir)
     message = str(caught.value)
     assert str(file) in message and "iteration_4.pt" in message and str(latest) in message and "\n" not in message
     latest.write_text(json.dumps(json.loads(latest.read_text())[1:]))
-    assert script.load_checkpoint(tmp_path)["iteration"] == 4
+    assert script.load_checkpoint(run_dir)["iteration"] == 4
 
 
 LISTS = {"empty": "", "cut": "[{", "no entry": "[]", "no list": "{}", "zeros": "\0" * 100}
 
 
 @pytest.mark.parametrize("content", LISTS.values(), ids=LISTS)
-def test_damaged_list_of_checkpoints_is_refused_by_name(script, tmp_path, content):
-    script.save_checkpoint(tmp_path, state_of(8))
-    latest = tmp_path / "checkpoint" / "latest.json"
+def test_damaged_list_of_checkpoints_is_refused_by_name(script, run_dir, content):
+    script.save_checkpoint(run_dir, state_of(8))
+    latest = run_dir / "checkpoint" / "latest.json"
     latest.write_text(content)
     with pytest.raises(UsageError) as caught:
-        script.load_checkpoint(tmp_path)
+        script.load_checkpoint(run_dir)
     assert str(latest) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -694,16 +703,16 @@ class Malicious:
         return Path.write_text, (Path(self.file), "executed")
 
 
-def test_nothing_pickled_is_executed(script, tmp_path):
+def test_nothing_pickled_is_executed(script, run_dir):
     """A checkpoint made by someone else, right in its checksum, cannot run code."""
-    script.save_checkpoint(tmp_path, state_of(8))
-    file, latest = tmp_path / "checkpoint" / "iteration_8.pt", tmp_path / "checkpoint" / "latest.json"
-    target = tmp_path / "executed"
+    script.save_checkpoint(run_dir, state_of(8))
+    file, latest = run_dir / "checkpoint" / "iteration_8.pt", run_dir / "checkpoint" / "latest.json"
+    target = run_dir / "executed"
     torch.save(dict(iteration=8, policy=Malicious(str(target))), file)
     checksum = hashlib.sha256(file.read_bytes()).hexdigest()
     latest.write_text(json.dumps([{"file": file.name, "sha256": checksum}]))
     with pytest.raises((UsageError, pickle.UnpicklingError)):
-        script.load_checkpoint(tmp_path)
+        script.load_checkpoint(run_dir)
     assert not target.exists()
 
 

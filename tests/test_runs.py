@@ -272,7 +272,8 @@ def test_real_run_with_wandb_offline(texts, digits, finished, tmp_path):
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (file,) = folder.glob("*.wandb")
     content = file.read_bytes()
-    assert b"objective/score" in content and b"losses/value" in content
+    for name in (b"objective/score", b"losses/value", b"eval/val/rouge1", b"eval/test/rouge1"):
+        assert name in content
 
 
 def test_real_torchrun(texts, digits, finished, tmp_path):
