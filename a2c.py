@@ -96,8 +96,8 @@ from rewards import check_metric, check_reward, describe_error, make_metric, mak
 # dozens. `numbers` and `dates` are set for the small scratch model.
 TASK_COLUMNS = ("batch_size", "num_iterations", "learning_rate", "kl_coef", "target_kl")
 TASK_DEFAULTS = {
-    "numbers":      (64, 400, 1e-3, 0.02, 2.0),
-    "dates":        (64, 400, 1e-3, 0.02, 2.0),
+    "numbers":      (64, 200, 1e-3, 0.005, 2.0),
+    "dates":        (64, 200, 1e-3, 0.005, 2.0),
     "imdb":         (32, 50, 7.5e-6, 0.1, 0.1),
     "imdb_seq2seq": (32, 50, 7.5e-6, 0.1, 0.1),
     "commongen":    (128, 200, 1e-5, 0.001, 2.0),
@@ -613,7 +613,7 @@ def uniforms(seed, stream, indices, length):
 
 def draw(logits, uniform):
     """One token per row by the inverse CDF. logits (B, V), uniform (B,) -> (B,) int64; never one of probability 0."""
-    cdf = logits.softmax(-1, dtype=torch.float64).cumsum(-1)  # (B, V)
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
     tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
     return tokens.clamp(max=logits.shape[-1] - 1)
 
@@ -787,9 +787,7 @@ def behaviour_logits(logits, first_position, temperature, min_response_length, e
     """
     logits = logits.float() if temperature == 1.0 else logits.float() / temperature
     if first_position < min_response_length:
-        early = torch.zeros(logits.shape[1:], dtype=torch.bool, device=logits.device)
-        early[: min_response_length - first_position, eos_id] = True
-        logits = logits.masked_fill(early, -math.inf)
+        logits[:, : min_response_length - first_position, eos_id] = -math.inf  # in place: a copy would be (B, n, V)
     return logits
 
 
@@ -800,8 +798,11 @@ def token_logprobs(logits, responses):
 
 def token_entropy(logits):
     """Entropy in nats of each distribution: (B, T, V) -> (B, T); banned tokens count 0, also in the gradient."""
-    logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    entropy = []
+    for row in logits.unbind():  # one sequence at a time: what that takes stays in the processor's cache
+        logprobs = row.log_softmax(-1)
+        entropy.append(-(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1))
+    return torch.stack(entropy)
 
 
 class Agent(nn.Module):
@@ -850,6 +851,13 @@ def keep_top_k(logits, k):
     return logits.masked_fill(logits < least, -math.inf)
 
 
+def kept_probability(logits, restricted):
+    """The probability (B,) that logits (B, V) give to the tokens that are left in `restricted`."""
+    if restricted is logits:
+        return logits.new_ones(len(logits))
+    return logits.softmax(-1).masked_fill(restricted == -math.inf, 0.0).sum(-1)
+
+
 @torch.no_grad()
 def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad_id):
     """Samples with a KV cache, one forward pass per token, until every row has ended.
@@ -869,7 +877,7 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad
         restricted = keep_top_k(logits, top_k) if top_k else logits
         tokens = draw(restricted, uniform[:, t]).masked_fill(finished, pad_id)  # (B,)
         responses.append(tokens)
-        kept_mass.append((restricted.logsumexp(-1) - logits.logsumexp(-1)).exp())
+        kept_mass.append(kept_probability(logits, restricted))
         inputs = tokens.unsqueeze(1)
         finished = finished | (tokens == behaviour["eos_id"])
         if (t + 1) % ask_every == 0 and all_ended(finished, policy):

@@ -258,7 +258,7 @@ def test_two_processes(kind, tmp_path, texts, digits):
 def test_a_rejected_step_in_a_run(tmp_path, texts, digits):
     """metrics.jsonl says losses/accepted 0, and the model that is saved is the one before."""
     settings = dict(task=texts, policy_type="causal", reward=digits, num_iterations=2, eval_every=9)
-    words = flags("trpo", **TINY | settings | dict(delta=1.0, cg_damping=1e-4, line_search_steps=1))
+    words = flags("trpo", **TINY | settings | dict(delta=1.0, cg_damping=1e-4, cg_steps=15, line_search_steps=1))
     result = run_ok("trpo", [*words, "--run-dir", "run"], tmp_path)
     figures = rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["losses/accepted"] for row in figures] == [0.0, 0.0]
