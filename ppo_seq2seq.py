@@ -483,7 +483,9 @@ def save_model(run_dir, policy, tokenizer):
     aside, old = run_dir / "model.tmp", run_dir / "model.old"
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    policy.save_pretrained(aside, state_dict=weights)
+    # tied weights are gathered once under each of their names
+    names = dict(policy.named_parameters(remove_duplicate=False)).keys() - dict(policy.named_parameters()).keys()
+    policy.save_pretrained(aside, state_dict={name: w for name, w in weights.items() if name not in names})
     tokenizer.save_pretrained(aside)
     if (run_dir / "model").exists():
         (run_dir / "model").rename(old)
