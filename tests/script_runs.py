@@ -80,6 +80,8 @@ TINY = dict(
     learning_rate=1e-3,
     kl_coef=0.05,
     target_kl=0.1,
+    cg_steps=4,
+    critic_epochs=2,
     eval_every=2,
     save_every=2,
 )

@@ -381,7 +381,8 @@ def test_gae_equals_the_sum(rl, gamma, lam):
     rng = np.random.default_rng(0)
     lengths, T = [7, 1, 4, 6], 7
     mask = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
-    rewards, values = (torch.from_numpy(rng.normal(size=(4, T))).masked_fill(~mask, 0.0) for _ in range(2))
+    rewards, values = (torch.from_numpy(rng.normal(size=(4, T))) for _ in range(2))
+    values.masked_fill_(~mask, 0.0)  # as the scripts do; a reward on padding is never looked at
     advantages = rl.gae(rewards, values, mask, gamma, lam)
     for row, length in enumerate(lengths):
         expected = naive_gae(rewards[row, :length].tolist(), values[row, :length].tolist(), gamma, lam)

@@ -137,11 +137,14 @@ def test_killed_again_and_again(script, kind, whole, texts, digits, tmp_path):
     """One run, killed in each of its functions and resumed every time: in the end as if nothing had happened."""
     uninterrupted, events = whole(script, kind)
     rng, argv, killed = random.Random(script), command(script, kind, texts, digits, resume=True), 0
-    for function in ("evaluate", "<module>", "sample_responses", "save_checkpoint", "append_jsonl", "save_model"):
-        # what a resumed run still has to do is less than the whole
-        moment = (function, rng.randint(1, max(1, events.get(function, 1) // 3)))
+    # first when there is a checkpoint to go on from; what a resumed run still has to do is less than the whole
+    moments = [("<module>", events["<module>"] * 7 // 10)]
+    for function in ("evaluate", "sample_responses", "<module>", "save_checkpoint", "append_jsonl", "save_model"):
+        moments.append((function, rng.randint(1, max(1, events.get(function, 1) // 4))))
+    for moment in moments:
         result = run(script, argv, tmp_path, kill_at=moment)
         assert result.code in (0, -signal.SIGKILL), f"{moment}: {result.stderr}"
+        assert checkpoint(tmp_path / "run")["iteration"] >= 2
         killed += result.code != 0
     assert killed >= 3
     run_ok(script, argv, tmp_path)
