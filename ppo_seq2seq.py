@@ -86,8 +86,8 @@ from rewards import check_metric, check_reward, describe_error, make_metric, mak
 # and `dates` are set for the small scratch model.
 TASK_COLUMNS = ("batch_size", "num_minibatches", "num_iterations", "learning_rate", "kl_coef", "target_kl")
 TASK_DEFAULTS = {
-    "numbers":      (64, 4, 80, 5e-4, 0.005, 2.0),
-    "dates":        (64, 4, 80, 5e-4, 0.005, 2.0),
+    "numbers":      (64, 4, 60, 3e-4, 0.01, 2.0),
+    "dates":        (64, 4, 60, 3e-4, 0.01, 2.0),
     "imdb":         (32, 4, 50, 2.5e-6, 0.1, 0.1),
     "imdb_seq2seq": (32, 4, 50, 2.5e-6, 0.1, 0.1),
     "commongen":    (128, 16, 200, 3e-6, 0.001, 2.0),
