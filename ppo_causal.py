@@ -657,7 +657,9 @@ def load_config(args):
     if Path(args.model).is_dir() and not any(Path(args.model, name).exists() for name in TOKENIZER_FILES):
         raise UsageError(f"--model {args.model}: has no tokenizer; save_pretrained that of the model there too")
     if config.is_encoder_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UsageError(f"--model {args.model}: {config.model_type} is no decoder-only LM; see the seq2seq script")
+        raise UsageError(
+            f"--model {args.model}: {config.model_type} is encoder-decoder or no LM; see the seq2seq script"
+        )
     limit, wanted = getattr(config, "max_position_embeddings", math.inf), args.prompt_length + args.response_length
     if wanted > limit:
         raise UsageError(f"--prompt-length + --response-length = {wanted}: {args.model} has {limit} positions")

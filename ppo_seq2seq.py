@@ -658,9 +658,7 @@ def load_config(args):
     if Path(args.model).is_dir() and not any(Path(args.model, name).exists() for name in TOKENIZER_FILES):
         raise UsageError(f"--model {args.model}: has no tokenizer; save_pretrained that of the model there too")
     if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        raise UsageError(
-            f"--model {args.model}: {config.model_type} is no encoder-decoder LM; decoder-only: causal script"
-        )
+        raise UsageError(f"--model {args.model}: {config.model_type} is decoder-only or no LM; see the causal script")
     limit = getattr(config, "max_position_embeddings", math.inf)  # T5's positions are relative: no limit
     for name in ("prompt_length", "response_length"):
         if getattr(args, name) > limit:
