@@ -54,6 +54,9 @@ SHAPES = {
     "seq2seq-paper": (T5_PAPER, 16, 512, 100, 1, 4),
     "causal-gpu": (GPT2, 128, 64, 48, 2, 32),
     "seq2seq-gpu": (T5_BASE, 64, 512, 100, 2, 16),
+    # to see in a minute whether this file works
+    "causal-tiny": (dict(GPT2_SMALL, n_embd=64, n_layer=1), 8, 16, 8, 1, 2),
+    "seq2seq-tiny": (dict(T5_SMALL, d_model=64, d_ff=128, num_layers=1), 8, 16, 8, 1, 2),
 }
 PARTS = ("sample", "forward", "score", "update", "iteration")
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # bf16, dense
@@ -63,10 +66,12 @@ class Done(BaseException):
     """Ends the script after the last iteration that is wanted, before it saves anything."""
 
 
-def shape_of(name, batch_times=1, response_length=None):
+def shape_of(name, options):
+    """The shape of that name, changed as the options want it."""
     shape = dict(zip(COLUMNS, SHAPES[name], strict=True), name=name)
-    shape["batch_size"] *= batch_times
-    shape["response_length"] = response_length or shape["response_length"]
+    for column in ("batch_size", "response_length", "update_epochs"):
+        shape[column] = getattr(options, column) or shape[column]
+    shape["batch_size"] *= options.batch_times
     return shape
 
 
@@ -270,7 +275,7 @@ def peak_memory():
 
 def work(options):
     """What a process of its own does: measures and prints one line of JSON."""
-    shape = shape_of(options.shape[0], options.batch_times, options.response_length)
+    shape = shape_of(options.shape[0], options)
     script, folder = options.scripts[0], Path(options.worker_folder)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -302,7 +307,8 @@ def measure(options, worker, script, shape, folder, processes=1, batch_times=1, 
     command += ["--scripts", script, "--iterations", str(iterations or options.iterations), "--dtype", options.dtype]
     command += ["--micro-batch-size", str(options.micro_batch_size), "--batch-times", str(batch_times)]
     command += ["--folder", options.folder, "--threads", str(options.threads or 0)]
-    command += ["--response-length", str(response_length or 0)] + ["--compile"] * options.compile
+    command += ["--batch-size", str(options.batch_size), "--update-epochs", str(options.update_epochs)]
+    command += ["--response-length", str(response_length or options.response_length)] + ["--compile"] * options.compile
     env = dict(os.environ)
     if options.threads:
         env["OMP_NUM_THREADS"] = str(options.threads)
@@ -331,7 +337,7 @@ def median(spans, which):
 
 
 def report(options, script, name, folder):
-    shape = shape_of(name)
+    shape = shape_of(name, options)
     result = measure(options, "turns", script, name, folder)
     tokens = shape["batch_size"] * shape["response_length"]
     print(f"\n{script} at {name}: {tokens} tokens, medians of {max(options.iterations - 1, 1)} iterations in turns")
@@ -364,7 +370,7 @@ def report_scaling(options, script, name, folder):
         result = measure(options, "script", script, name, folder, **more)
         return {part: median(spans, 0) for part, spans in result["script"].items()}, result
 
-    shape = shape_of(name)
+    shape = shape_of(name, options)
     tokens = shape["batch_size"] * shape["response_length"]
     options.threads = options.threads or 1
     turns = [(run()[0]["iteration"], run(processes=2)[0]["iteration"]) for _ in range(2)]
@@ -392,14 +398,15 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="run the scripts with --compile")
     parser.add_argument("--micro-batch-size", type=int, default=16)
+    for name in ("batch-size", "response-length", "update-epochs"):
+        parser.add_argument(f"--{name}", type=int, default=0, help="0: the shape's")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure peak memory")
     parser.add_argument("--scaling", action="store_true", help="processes, batch size and response length instead")
     parser.add_argument("--gpu", action="store_true", help="PPO and NLPO in bf16 with and without compile")
     parser.add_argument("--folder", default=str(Path(__file__).resolve().parent.parent), help="where the scripts are")
     for name in ("worker", "worker-folder"):  # what `measure` says to `work`
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    for name, default in (("batch-times", 1), ("response-length", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=argparse.SUPPRESS)
+    parser.add_argument("--batch-times", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(options)
@@ -411,7 +418,7 @@ def main():
         kind = "causal" if name.startswith("causal") else "seq2seq"
         scripts = options.scripts or [f"ppo_{kind}", f"nlpo_{kind}"] + ["a2c"] * (not options.gpu)
         with tempfile.TemporaryDirectory() as folder:
-            make_inputs(Path(folder), shape_of(name))
+            make_inputs(Path(folder), shape_of(name, options))
             for script in scripts:
                 if script != "a2c" and not script.endswith(kind):
                     continue
