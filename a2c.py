@@ -510,21 +510,22 @@ def save_checkpoint(run_dir, state):
         state[name] = (run_dir / name).stat().st_size
     file = latest.with_name(f"iteration_{state['iteration']}.pt")
     aside = file.with_suffix(".tmp")
+    buffer = io.BytesIO()  # torch's writer to a file hides why the file could not be written
+    torch.save(state, buffer)
+    known = [{"file": file.name, "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest()}]
+    if latest.exists():
+        known += [entry for entry in json.loads(latest.read_text()) if entry["file"] != file.name][:1]
     try:
         with open(aside, "wb") as stream:
-            torch.save(state, stream)
+            stream.write(buffer.getbuffer())
             stream.flush()
             os.fsync(stream.fileno())
-        with open(aside, "rb") as stream:
-            known = [{"file": file.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}]
-        if latest.exists():
-            known += [entry for entry in json.loads(latest.read_text()) if entry["file"] != file.name][:1]
         os.replace(aside, file)
         aside.write_text(json.dumps(known, indent=1))
         os.replace(aside, latest)
-    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of a full disk
+    except OSError as error:
         aside.unlink(missing_ok=True)
-        return f"checkpoint {file} cannot be written, the one before it is whole: {error.__context__ or error}"
+        return f"checkpoint {file} cannot be written, the one before it is whole: {error}"
     for old in latest.parent.glob("iteration_*"):
         if old.name not in [entry["file"] for entry in known]:
             old.unlink()
