@@ -43,10 +43,10 @@ WRONG = [
     (ANY, "--model {bad_config}", "--model {bad_config}"),
     (ANY, "--model {config_only}", "--model {config_only}"),
     (ANY, "--model {no_tokenizer}", "--model {no_tokenizer}", "tokenizer"),
-    ("ppo_seq2seq", "--model {gpt2}", "--model {gpt2}", "encoder-decoder", "causal script"),
-    ("nlpo_seq2seq", "--model {gpt2}", "--model {gpt2}", "encoder-decoder", "causal script"),
-    ("ppo_causal", "--model {t5}", "--model {t5}", "decoder-only", "seq2seq script"),
-    ("nlpo_causal", "--model {t5}", "--model {t5}", "decoder-only", "seq2seq script"),
+    ("ppo_seq2seq", "--model {gpt2}", "--model {gpt2}", "decoder-only", "causal script"),
+    ("nlpo_seq2seq", "--model {gpt2}", "--model {gpt2}", "decoder-only", "causal script"),
+    ("ppo_causal", "--model {t5}", "--model {t5}", "encoder-decoder", "seq2seq script"),
+    ("nlpo_causal", "--model {t5}", "--model {t5}", "encoder-decoder", "seq2seq script"),
     ("ppo_causal", "--model {picture}", "--model {picture}", "vit"),
     ("a2c", "--model {picture}", "--model {picture}", "vit"),
     # flags
@@ -377,7 +377,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in files if path.name != ".lock" and path.suffix != ".pyc"}
 
 
-@pytest.mark.parametrize("script, line, told", spread(WRONG))
+@pytest.mark.parametrize("script, line, told", list(spread(WRONG)))
 def test_wrong_command_line(script, line, told, things, tmp_path):
     env, words = complete(script, line, things)
     before = contents(things["folder"])
