@@ -339,7 +339,11 @@ def distributed_setup(use_cuda):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:
         # rank 0 computes the metrics of an evaluation while the others wait: hours for a learned metric, not minutes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        options = dict(backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        # torchrun --max-restarts keeps its store: without a prefix, new processes would meet the addresses of dead ones
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(store=store, rank=rank, world_size=world_size, **options)
         sys.excepthook = explain_lost_process
     return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
 
