@@ -72,6 +72,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import ACT2FN, GELUTanh
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -90,6 +91,9 @@ from datapools import (
     prompt_order,
 )
 from rewards import check_metric, check_reward, describe_error, make_metric, make_reward, measure, score_texts
+
+# GPT-2's GELU as one kernel: the same function, where transformers spells it out in eight
+ACT2FN["gelu_new"] = GELUTanh
 
 # What RL4LMs' configurations say of each task: batch_size is its tokens per iteration over the response length, the KL
 # columns are its own. It publishes no learning rates for A2C: these are PPO's times 3, since one step stands in for

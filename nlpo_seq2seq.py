@@ -69,6 +69,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.activations import ACT2FN, GELUTanh
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
@@ -84,6 +85,9 @@ from datapools import (
     prompt_order,
 )
 from rewards import check_metric, check_reward, describe_error, make_metric, make_reward, measure, score_texts
+
+# GPT-2's GELU as one kernel: the same function, where transformers spells it out in eight
+ACT2FN["gelu_new"] = GELUTanh
 
 # What RL4LMs' configurations say of each task, for the sequence minibatches of this script: batch_size is its tokens
 # per iteration over the response length, and the learning rate is its own times sqrt(tokens per minibatch / 64), since

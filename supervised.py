@@ -55,6 +55,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.activations import ACT2FN, GELUTanh
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -73,6 +74,9 @@ from datapools import (
     prompt_order,
 )
 from rewards import check_metric, describe_error, make_metric, measure
+
+# GPT-2's GELU as one kernel: the same function, where transformers spells it out in eight
+ACT2FN["gelu_new"] = GELUTanh
 
 # RL4LMs trains T5 at 1e-5 to 1e-4 for 2 to 5 epochs and GPT-2 at 1e-5 for 10 to 20, on batches of 8 to 64; `numbers`
 # and `dates` are set for the small scratch model, and stop where RL still has something to do.

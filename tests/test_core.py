@@ -16,6 +16,7 @@ import torch
 import transformers
 from script_runs import CASES, SCRIPTS, same
 from torch.distributions import Categorical
+from transformers.activations import ACT2FN
 
 from datapools import Sample, UsageError, encode_prompts, pad, prompt_order
 from rewards import score_texts
@@ -557,6 +558,16 @@ def test_scratch_model_is_the_same_for_a_seed(name, kind):
         assert one_tokens.decode(one_tokens(text).input_ids, skip_special_tokens=True).strip() == text.strip()
     ids = one_tokens("one two").input_ids
     assert (ids[-1] == one_tokens.eos_token_id) == (kind == "seq2seq")
+
+
+def test_gpt2s_gelu_is_one_kernel_and_the_same_function():
+    importlib.import_module(SCRIPTS[0])
+    x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
+    written_out = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    with torch.autograd.profiler.profile() as profile:
+        activation = ACT2FN["gelu_new"](x)
+    torch.testing.assert_close(activation, written_out, rtol=1e-12, atol=1e-12)
+    assert {event.name for event in profile.function_events} == {"aten::gelu"}
 
 
 def test_prompts_are_cut_on_the_task_side():
