@@ -413,7 +413,7 @@ def shard(model, device):
 
 def accumulating(module, more_to_come):
     """A context for a backward pass: with more of the same minibatch to come, gradients are not yet averaged."""
-    for part in module.children():
+    for part in (module, *module.children()):
         if isinstance(part, FSDPModule):
             part.set_requires_gradient_sync(not more_to_come)
     if more_to_come and isinstance(module, DistributedDataParallel):

@@ -64,9 +64,11 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -232,6 +234,9 @@ class Args:
     """sequences decoded at once by one process in evaluation"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 autocasts the models' passes; weights, losses and optimizer stay float32"""
+    fsdp: bool = False
+    """shard reference, value model and its optimizer over the processes (FSDP2); the policy, whose weights are also
+    wanted as one vector and as dual numbers, stays whole"""
     compile: bool = False
     """torch.compile the passes of the update"""
     cuda: bool = True
@@ -324,6 +329,8 @@ def check_args(args, world_size):
             raise UsageError(f"--reward-weights {weight}: must be finite")
     if args.scratch_width % args.scratch_heads:
         raise UsageError(f"--scratch-heads {args.scratch_heads}: must divide --scratch-width {args.scratch_width}")
+    if args.fsdp and "WORLD_SIZE" not in os.environ:
+        raise UsageError("--fsdp: shards over the processes of torchrun; start the script by torchrun")
     if args.resume and not args.run_dir:
         raise UsageError("--resume: say which run by --run-dir")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -375,6 +382,26 @@ def reduce_sums(sums, device):
     """{name: its sum over all processes} as floats, by one all-reduce and one transfer."""
     stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64).to(device) for value in sums.values()])
     return dict(zip(sums, all_reduce_sum(stacked).tolist(), strict=True))
+
+
+def shard(model, device):
+    """Shards a policy or ValueModel by FSDP2: each process keeps a part of every weight, of its gradient and of its
+    optimizer state, and a layer's weights are gathered when it runs."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = getattr(model, "backbone", model)._no_split_modules
+    for module in [m for m in model.modules() if type(m).__name__ in layers]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def accumulating(module, more_to_come):
+    """A context for a backward pass: with more of the same minibatch to come, gradients are not yet averaged."""
+    for part in (module, *module.children()):
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(not more_to_come)
+    if more_to_come and isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()
 
 
 def gather_objects(thing):
@@ -1111,6 +1138,8 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)  # of the value head
     value_model = ValueModel(value_backbone(policy))
     for model in (policy, reference, value_model):
+        if args.fsdp and model is not policy:
+            shard(model, device)
         model.to(device)
     behaviour = dict(temperature=args.temperature, min_response_length=args.min_response_length, eos_id=eos_id)
     agent = Agent(policy, value_model, behaviour)
@@ -1126,11 +1155,14 @@ if __name__ == "__main__":
     config = asdict(args) | start_model | {"world_size": world_size}
     lock, checkpoint = open_run_dir(run_dir, config, args, rank)
     iteration, kl_coef = 0, args.kl_coef
-    whole = StateDictOptions(full_state_dict=True)  # checkpoints do not know of processes
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=args.fsdp)  # checkpoints do not know of processes
     if checkpoint:
         saved = dict(model_state_dict=checkpoint["model"], optim_state_dict=checkpoint["optimizer"])
         set_state_dict(agent, optimizer, **saved, options=whole)
         iteration, kl_coef = checkpoint["iteration"], checkpoint["kl_coef"]
+    critic = value_model
+    if dist.is_initialized() and not args.fsdp:
+        critic = DistributedDataParallel(value_model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     executor = concurrent.futures.ThreadPoolExecutor(1)  # computes rewards while the models work
     if rank == 0:
         print(f"{run_dir}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} training prompts")
@@ -1269,17 +1301,15 @@ if __name__ == "__main__":
 
         # the critic
         critic_sum = torch.zeros((), dtype=torch.float64, device=device)
-        critic = dict(value_model.named_parameters())
         for _ in range(args.critic_epochs):
-            for inputs, mask, _, _, mb_returns in batches:
-                with torch.autocast(**autocast):
-                    new_values = value_model(*inputs)
-                v_loss = ((new_values - mb_returns) ** 2 * mask).sum()
-                (v_loss / num_tokens).backward()
+            for i, (inputs, mask, _, _, mb_returns) in enumerate(batches):
+                with accumulating(critic, i < len(batches) - 1):
+                    with torch.autocast(**autocast):
+                        new_values = critic(*inputs)
+                    v_loss = ((new_values - mb_returns) ** 2 * mask).sum()
+                    # a mean over the tokens of the whole batch; the processes' gradients will be averaged
+                    (v_loss / num_tokens * world_size).backward()
                 critic_sum += v_loss.detach()
-            gradients = all_reduce_sum(flatten(p.grad for p in critic.values()))
-            for name, g in unflatten(gradients, critic).items():
-                critic[name].grad = g
             optimizer.step()
             optimizer.zero_grad()
         update_ended = seconds(device)

@@ -136,7 +136,7 @@ def test_trpo(seq2seq, case):
             logprobs, _, values = variables["agent"](*inputs, with_entropy=False)
         mask = variables["response_mask"]
         variables |= dict(logprobs=logprobs.masked_fill(~mask, 0.0), values=values.masked_fill(~mask, 0.0))
-        after = run_steps("trpo", 5, 6, **variables, actor=actor, optimizer=optimizer)
+        after = run_steps("trpo", 5, 6, **variables, actor=actor, critic=variables["value_model"], optimizer=optimizer)
         logged = step["logged"]
         assert after["accepted"] == bool(logged["is_line_search_success"])
         tries.append(after["line_search_steps"])

@@ -12,6 +12,7 @@ SHARDING = [
     ("ppo_seq2seq", "seq2seq"),
     ("nlpo_causal", "causal"),
     ("a2c", "causal"),
+    ("trpo", "seq2seq"),
     ("supervised", "seq2seq"),
 ]
 

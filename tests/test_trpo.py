@@ -77,7 +77,8 @@ def rollout(kind, min_response_length=0, temperature=1.0, **settings):
         world_size=1, device=torch.device("cpu"), B=B, left=left, autocast=NO_AUTOCAST, queries=queries,
         query_mask=query_mask, query_lengths=query_lengths, responses=responses, response_mask=response_mask,
         response_lengths=response_lengths, logprobs=logprobs.masked_fill(~response_mask, 0.0), policy=policy,
-        value_model=value_model, agent=agent, actor=trpo.BehaviourPolicy(policy, behaviour), advantages=advantages,
+        value_model=value_model, critic=value_model, agent=agent,
+        actor=trpo.BehaviourPolicy(policy, behaviour), advantages=advantages,
         returns=advantages + values.masked_fill(~response_mask, 0.0),
         optimizer=torch.optim.Adam(value_model.parameters(), lr=0.01),
     )  # fmt: skip
