@@ -100,8 +100,8 @@ ACT2FN["gelu_new"] = GELUTanh
 # dozens. `numbers` and `dates` are set for the small scratch model.
 TASK_COLUMNS = ("batch_size", "num_iterations", "learning_rate", "kl_coef", "target_kl")
 TASK_DEFAULTS = {
-    "numbers":      (64, 200, 1e-3, 0.01, 2.0),
-    "dates":        (64, 200, 1e-3, 0.01, 2.0),
+    "numbers":      (64, 150, 5e-4, 0.01, 2.0),
+    "dates":        (64, 150, 5e-4, 0.01, 2.0),
     "imdb":         (32, 50, 7.5e-6, 0.1, 0.1),
     "imdb_seq2seq": (32, 50, 7.5e-6, 0.1, 0.1),
     "commongen":    (128, 200, 1e-5, 0.001, 2.0),

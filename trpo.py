@@ -107,8 +107,8 @@ ACT2FN["gelu_new"] = GELUTanh
 # wider trust region, and fewer steps towards the exact solution, which fits the few tokens of a batch too closely.
 TASK_COLUMNS = ("batch_size", "num_iterations", "learning_rate", "delta", "cg_steps", "kl_coef", "target_kl")
 TASK_DEFAULTS = {
-    "numbers":      (64, 100, 1e-3, 0.1, 5, 0.01, 2.0),
-    "dates":        (64, 100, 1e-3, 0.1, 5, 0.01, 2.0),
+    "numbers":      (64, 100, 1e-3, 0.3, 5, 0.01, 2.0),
+    "dates":        (64, 100, 1e-3, 0.3, 5, 0.01, 2.0),
     "imdb":         (32, 50, 7.5e-6, 0.01, 15, 0.1, 0.1),
     "imdb_seq2seq": (32, 50, 7.5e-6, 0.01, 15, 0.1, 0.1),
     "commongen":    (128, 200, 1e-5, 0.01, 15, 0.001, 2.0),
