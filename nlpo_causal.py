@@ -937,7 +937,7 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, top_k, pad
         kept_mass.append(kept_probability(logits, restricted))
         inputs = tokens.unsqueeze(1)
         finished = finished | (tokens == behaviour["eos_id"])
-        if (t + 1) % ask_every == 0 and finished.all():
+        if (t + 1) % ask_every == 0 and all_ended(finished, policy):
             break
     sampled = torch.stack(responses, 1), torch.stack(kept_mass, 1)
     return sampled if mask_model is None else (*sampled, torch.stack(action_masks, 1), torch.stack(kept_tokens, 1))

@@ -1,10 +1,14 @@
 """Sharded models, and more than one machine: the same run as without."""
 
+import importlib
+import json
 import math
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+import torch
 from script_runs import TINY, flags, free_port, predictions, real_command, rows, run_ok, weights
 
 SETTINGS = TINY | dict(num_iterations=3, num_epochs=1, eval_every=2, save_every=1, learning_rate=1e-4)
@@ -25,16 +29,37 @@ def assert_close(one, two, tolerance):
                 assert math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=tolerance), (name, a[name], b[name])
 
 
+@pytest.fixture
+def soon_ending(texts, tmp_path):
+    """Saves a model that ends its responses after different lengths, so that one process is done before another."""
+
+    def save(script, kind):
+        module, args = importlib.import_module(script), SimpleNamespace(**TINY, policy_type=kind, seed=1)
+        lines = [json.loads(line) for line in open(texts / "train.jsonl")]
+        policy, tokenizer = module.load_model(args, [line["prompt"] for line in lines])
+        with torch.no_grad():  # a longer vector is likelier in half of the states
+            policy.get_input_embeddings().weight[tokenizer.eos_token_id] *= {"seq2seq": 5, "causal": 100}[kind]
+        policy.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return save
+
+
 @pytest.mark.parametrize("script, kind", SHARDING)
-def test_sharded_run_is_the_same_and_resumes(script, kind, texts, digits, tmp_path):
+def test_sharded_run_is_the_same_and_resumes(script, kind, texts, digits, soon_ending, tmp_path):
     """--fsdp with 2 processes gives one process' figures (1e-4); its checkpoint resumes with it and without."""
+    model = soon_ending(script, kind)
 
     def go(name, processes=1, **changes):
-        settings = SETTINGS | dict(policy_type=kind, task=texts, reward=digits, run_dir=tmp_path / name) | changes
+        settings = SETTINGS | dict(policy_type=kind, task=texts, reward=digits, model=model, run_dir=tmp_path / name)
+        settings |= changes
         run_ok(script, flags(script, **settings), tmp_path, processes=processes)
         return tmp_path / name
 
     whole = go("whole")
+    if script != "supervised":
+        assert all(1 < row["rollout/response_length"] < 7 for row in rows(whole / "metrics.jsonl"))
     sharded = go("sharded", processes=2, fsdp=True)
     assert_close(rows(whole / "metrics.jsonl"), rows(sharded / "metrics.jsonl"), 1e-4)
     assert predictions(whole).keys() == predictions(sharded).keys()
