@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def assert_close(one, two, tolerance):
                 assert math.isclose(a[name], b[name], rel_tol=allowed, abs_tol=allowed), (name, a[name], b[name])
             else:
                 assert a[name] == b[name], name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("script, kind", CASES)
+def test_compiled_passes_are_the_same(script, kind, finished, texts, digits, tmp_path):
+    one = finished(script, kind)
+    settings = SETTINGS | dict(policy_type=kind, task=texts, reward=digits, run_dir=tmp_path / "run")
+    result = real_run(script, flags(script, **settings, compile=True), tmp_path, timeout=400)
+    assert result.code == 0, result.stderr
+    assert_close(rows(one / "metrics.jsonl"), rows(tmp_path / "run" / "metrics.jsonl"), 1e-4)
+    assert "recompile_limit" not in result.stderr
 
 
 @pytest.mark.parametrize("variant", ["micro-batches", "two processes"])
