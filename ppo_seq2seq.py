@@ -336,10 +336,15 @@ def check_args(args, world_size):
 # ------------------------------------------------------------------------------------------------ processes
 
 
-def distributed_setup(use_cuda):
-    """Joins torchrun's process group if there is one. Returns rank, world size, device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if use_cuda and torch.cuda.is_available() else torch.device("cpu")
+def local_device(use_cuda):
+    """This process's own GPU, the LOCAL_RANK-th, or the CPU."""
+    if use_cuda and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def distributed_setup(device):
+    """Joins torchrun's process group if there is one. Returns rank and world size."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:
@@ -350,7 +355,7 @@ def distributed_setup(use_cuda):
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(store=store, rank=rank, world_size=world_size, **options)
         sys.excepthook = explain_lost_process
-    return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def explain_lost_process(kind, error, trace):
@@ -995,11 +1000,11 @@ if __name__ == "__main__":
         for name in args.metrics:
             check_metric(name, val)
         # before the process group and CUDA start, since some rewards start worker processes
-        device_type = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
+        device = local_device(args.cuda)
         options = parse_kwargs(args.reward_kwargs, args.reward, task.reward_kwargs)
-        reward_functions = {name: make_reward(name, device=device_type, **options[name]) for name in args.reward}
+        reward_functions = {name: make_reward(name, device=str(device), **options[name]) for name in args.reward}
         options = parse_kwargs(args.metric_kwargs, args.metrics, task.metric_kwargs)
-        metrics = {name: make_metric(name, device=device_type, **options[name]) for name in args.metrics}
+        metrics = {name: make_metric(name, device=str(device), **options[name]) for name in args.metrics}
         policy, tokenizer = load_model(args, [text for s in train for text in (s.prompt, *s.references)])
     except UsageError as error:
         fail(str(error))
@@ -1007,7 +1012,7 @@ if __name__ == "__main__":
         if hasattr(reward_function, "prepare"):
             reward_function.prepare([s.references for s in train])
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
-    rank, world_size, device = distributed_setup(args.cuda)
+    rank, world_size = distributed_setup(device)
 
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     start_model = dict(start_model=fingerprint(policy))

@@ -560,6 +560,17 @@ def test_scratch_model_is_the_same_for_a_seed(name, kind):
     assert (ids[-1] == one_tokens.eos_token_id) == (kind == "seq2seq")
 
 
+def test_every_process_has_a_gpu_of_its_own(script, monkeypatch):
+    """Rewards and metrics go there as well: they are made before the process group is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert script.local_device(True) == torch.device("cuda:3") and script.local_device(False) == torch.device("cpu")
+    main = inspect.getsource(script).split('if __name__ == "__main__":')[1]
+    assert main.count("device=str(device)") == main.count("make_reward(") + main.count("make_metric(") > 0
+    monkeypatch.delenv("LOCAL_RANK")
+    assert script.local_device(True) == torch.device("cuda:0")
+
+
 def test_gpt2s_gelu_is_one_kernel_and_the_same_function():
     importlib.import_module(SCRIPTS[0])
     x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
