@@ -228,7 +228,7 @@ class Args:
     """seed of everything: model, prompts, tokens, minibatches"""
     micro_batch_size: int = 16
     """sequences per forward and backward pass of one process; changes memory and speed, not results"""
-    sample_batch_size: int = 64
+    sample_batch_size: int = 32
     """sequences sampled at once by one process; likewise"""
     eval_batch_size: int = 32
     """sequences decoded at once by one process in evaluation"""

@@ -69,7 +69,7 @@ class Done(BaseException):
 def shape_of(name, options):
     """The shape of that name, changed as the options want it."""
     shape = dict(zip(COLUMNS, SHAPES[name], strict=True), name=name)
-    for column in ("batch_size", "response_length", "update_epochs"):
+    for column in ("batch_size", "response_length", "update_epochs", "minibatch"):
         shape[column] = getattr(options, column) or shape[column]
     shape["batch_size"] *= options.batch_times
     return shape
@@ -192,7 +192,7 @@ class Floor:
         self.queries = torch.randint(2, config.vocab_size, (B, Q), device=self.device)
         self.responses = torch.randint(2, config.vocab_size, (B, T), device=self.device)
         self.epochs, self.minibatch = (1, B) if script == "a2c" else (shape["update_epochs"], shape["minibatch"])
-        self.micro, self.sample_rows = options.micro_batch_size, 64
+        self.micro, self.sample_rows = options.micro_batch_size, 32
         self.autocast = dict(device_type=self.device.type, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16")
 
     @torch.no_grad()
@@ -308,6 +308,7 @@ def measure(options, worker, script, shape, folder, processes=1, batch_times=1, 
     command += ["--micro-batch-size", str(options.micro_batch_size), "--batch-times", str(batch_times)]
     command += ["--folder", options.folder, "--threads", str(options.threads or 0)]
     command += ["--batch-size", str(options.batch_size), "--update-epochs", str(options.update_epochs)]
+    command += ["--minibatch", str(options.minibatch)]
     command += ["--response-length", str(response_length or options.response_length)] + ["--compile"] * options.compile
     env = dict(os.environ)
     if options.threads:
@@ -398,7 +399,7 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="run the scripts with --compile")
     parser.add_argument("--micro-batch-size", type=int, default=16)
-    for name in ("batch-size", "response-length", "update-epochs"):
+    for name in ("batch-size", "response-length", "update-epochs", "minibatch"):
         parser.add_argument(f"--{name}", type=int, default=0, help="0: the shape's")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure peak memory")
     parser.add_argument("--scaling", action="store_true", help="processes, batch size and response length instead")
