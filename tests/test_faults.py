@@ -244,22 +244,24 @@ def test_other_process_does_not_hang(rank, whole, texts, digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_killed_process(texts, own, tmp_path):
+@pytest.mark.parametrize("script, kind", [case for case in SHORT_CASES if case[0] != "supervised"])
+def test_torchrun_restarts_a_killed_process(script, kind, texts, own, tmp_path):
     """--max-restarts with --resume: the run goes on from its checkpoint by itself, and ends as one without the kill."""
-    argv = command("ppo_seq2seq", "seq2seq", texts, f"{own}:kills", save_every=1, resume=True)
-    result = real_run("ppo_seq2seq", argv, tmp_path, torchrun=2, torchrun_options=["--max-restarts", "1"], timeout=300)
+    argv = command(script, kind, texts, f"{own}:kills", save_every=1, resume=True)
+    result = real_run(script, argv, tmp_path, torchrun=2, torchrun_options=["--max-restarts", "1"], timeout=300)
     assert result.code == 0, result.stderr
     assert own.with_name("mark").exists()
     shutil.move(tmp_path / "run", tmp_path / "restarted")
-    run_ok("ppo_seq2seq", argv, tmp_path, processes=2)  # with the mark nothing is killed
+    run_ok(script, argv, tmp_path, processes=2)  # with the mark nothing is killed
     assert_same_outcome(tmp_path / "restarted", tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_torchrun_ends_when_a_process_is_killed(texts, own, tmp_path):
+@pytest.mark.parametrize("script, kind", [case for case in SHORT_CASES if case[0] != "supervised"])
+def test_torchrun_ends_when_a_process_is_killed(script, kind, texts, own, tmp_path):
     """Without restarts everything ends within a minute, with a message that names the signal."""
-    argv = command("ppo_seq2seq", "seq2seq", texts, f"{own}:kills", save_every=1)
-    result = real_run("ppo_seq2seq", argv, tmp_path, torchrun=2, timeout=120)
+    argv = command(script, kind, texts, f"{own}:kills", save_every=1)
+    result = real_run(script, argv, tmp_path, torchrun=2, timeout=120)
     assert result.code != 0 and result.seconds < 90
     assert "SIGKILL" in result.stderr or "Signal 9" in result.stderr
     assert checkpoint(tmp_path / "run")["iteration"] == 3
