@@ -184,6 +184,23 @@ def test_mask_is_renewed_when_it_should_be_and_only_then(kind, tmp_path, texts, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_goes_on_with_its_masking_policy(kind, tmp_path, texts, digits):
+    """Stopped between two renewals: the masking policy is neither the start model nor the policy of that moment."""
+
+    def go(name, **changes):
+        settings = SETTINGS | dict(task=texts, reward=digits, run_dir=tmp_path / name, target_update_iterations=2)
+        run_ok(f"nlpo_{kind}", flags(f"nlpo_{kind}", **settings | changes), tmp_path)
+        return tmp_path / name
+
+    whole = go("whole", num_iterations=5)
+    go("parts", num_iterations=3)
+    parts = go("parts", num_iterations=5, resume=True, allow_changes=True)
+    assert rows(whole / "metrics.jsonl") == rows(parts / "metrics.jsonl")
+    assert equal(weights(whole), weights(parts))
+    assert equal(checkpoint(whole, 5)["mask_model"], checkpoint(parts, 5)["mask_model"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_a_mask_it_is_ppo(kind, tmp_path, texts, digits):
     runs = []
     for script in (f"ppo_{kind}", f"nlpo_{kind}"):
