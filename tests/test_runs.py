@@ -1,5 +1,6 @@
 """Whole runs of a tiny model: what they leave, and that processes and micro-batches change nothing."""
 
+import itertools
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from script_runs import CASES, SCRIPTS, TINY, flags, predictions, real_run, rows, run_ok, weights
+from script_runs import CASES, SCRIPTS, TINY, checkpoint, flags, predictions, real_run, rows, run_ok, weights
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import datapools
@@ -55,6 +56,12 @@ def assert_close(one, two, tolerance):
                 assert a[name] == b[name], name
 
 
+def optimizer_state(run_dir):
+    """All moments in the last checkpoint, as one vector."""
+    state = checkpoint(run_dir)["optimizer"]["state"]
+    return torch.cat([moment.flatten() for name in sorted(state) for moment in state[name].values() if moment.ndim])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("script, kind", CASES)
@@ -85,6 +92,9 @@ def test_processes_and_micro_batches_change_nothing(script, kind, variant, finis
     assert_close(rows(one / "eval.jsonl"), rows(other / "eval.jsonl"), 1e-5)
     largest = max((weight - weights(other)[name]).abs().max().item() for name, weight in weights(one).items())
     assert largest < 1e-5
+    # the gradients themselves: Adam would make the same steps of their multiples
+    moments, others = (optimizer_state(run) for run in (one, other))
+    assert (moments - others).norm() < 1e-3 * moments.norm()
 
 
 def test_runs_differ_by_seed(finished):
@@ -138,9 +148,16 @@ def test_figures_agree_with_each_other(script, kind, finished):
         assert math.isclose(row["objective/rlhf_reward"], row["objective/score"] - penalty, abs_tol=1e-9)
         assert 1 <= row["rollout/response_length"] <= SETTINGS["response_length"]
         assert 0 < row["objective/score"] < 1
-    error = (metrics[0]["objective/kl"] - SETTINGS["target_kl"]) / SETTINGS["target_kl"]
-    expected = SETTINGS["kl_coef"] * (1 + 0.1 * min(max(error, -0.2), 0.2))
-    assert math.isclose(metrics[1]["objective/kl_coef"], expected, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("script, kind", RL_CASES)
+def test_kl_coef_follows_the_kl_from_iteration_to_iteration(script, kind, finished):
+    metrics = rows(finished(script, kind, num_iterations=4) / "metrics.jsonl")
+    assert len(metrics) == 4
+    for row, following in itertools.pairwise(metrics):
+        error = (row["objective/kl"] - SETTINGS["target_kl"]) / SETTINGS["target_kl"]
+        expected = row["objective/kl_coef"] * (1 + 0.1 * min(max(error, -0.2), 0.2))
+        assert math.isclose(following["objective/kl_coef"], expected, rel_tol=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
