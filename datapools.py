@@ -18,6 +18,7 @@ import http.client
 import inspect
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -39,12 +40,15 @@ import torch
 from filelock import FileLock
 from huggingface_hub.utils import httpx
 from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer
 
 if not sys.stderr.isatty():  # in a log, bars are noise around the one line that says what is wrong
     datasets.disable_progress_bars()
 csv.field_size_limit(2**31 - 1)  # articles are longer than the 131,072 characters that csv allows
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}  # our name -> the hub's, others
+# any one of these tells transformers what the tokenizer is; without one it makes up an empty one
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "vocab.txt")
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a loadable copy of a dataset that has a loading script
 OWN_FILES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".json", ".json.gz")
 ANSWER_SECONDS = 4  # a server that takes longer counts as out of reach: it must be said within ten, start included
@@ -940,6 +944,37 @@ def describe_lengths(tokenizer, samples, max_length: int, response_length: int) 
     if len(few) > 1 and len(set(prompts)) == 1:
         line += "; all prompts are the same: val and test measure the same, up to their references"
     return line
+
+
+def model_config(name: str):
+    """The config of a hub name or model folder. UsageError if it cannot be had, or is of an adapter alone."""
+    if not Path(name).exists():
+        offline_if_unreachable()
+    if Path(name, "adapter_config.json").exists():
+        raise UsageError(f"--model {name}: an adapter; merge it into its model first (peft: merge_and_unload)")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"--model {name}: no model folder, nor to be had from the hub: {error}") from None
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a hub name or model folder. UsageError if there is none or it cannot be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        raise UsageError(f"--model {name}: its tokenizer cannot be loaded: {error}") from None
+    if Path(name).is_dir() and not any(Path(name, file).exists() for file in TOKENIZER_FILES):
+        raise UsageError(f"--model {name}: has no tokenizer; save_pretrained that of the model there too")
+    return tokenizer
+
+
+def position_limit(config) -> float:
+    """The most positions that a model with learned or rotary ones has; inf if they go on without end."""
+    config = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_seq_len", "max_decoder_position_embeddings")
+    limits = [limit for limit in (getattr(config, name, None) for name in names) if limit and limit > 0]
+    return math.inf if config.model_type in ("m2m_100", "pegasus_x", "xlnet") else min(limits, default=math.inf)
 
 
 def pad(rows: list[list[int]], pad_id, device, left=False):
