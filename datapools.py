@@ -44,6 +44,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 if not sys.stderr.isatty():  # in a log, bars are noise around the one line that says what is wrong
     datasets.disable_progress_bars()
+datasets.config.DEFAULT_MAX_BATCH_SIZE = 10_000  # rows of a block on disk; opening a table touches 64 KB of each
 csv.field_size_limit(2**31 - 1)  # articles are longer than the 131,072 characters that csv allows
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}  # our name -> the hub's, others
@@ -715,26 +716,28 @@ def read_rows(file: Path):
 
 
 def own_sample(row, where: str, number: str, prompt_column: str, references_column: str | None, cells: bool) -> Sample:
-    """The sample of a row of one's own. cells: it has texts only, as CSV does. UsageError, with `where`, if it is none.
+    """The sample of a row of one's own, its id `number` unless it has one. UsageError, with `where`, if it is none.
 
-    number: its id unless it has one.
+    cells: it has texts only, as CSV does.
     """
     if not isinstance(row, dict):
         raise UsageError(f"{where}: not a JSON object with the key {prompt_column!r}")
-    prompt = row.get(prompt_column)
-    if isinstance(prompt, list):
-        prompt = [
-            {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-            for message in prompt
-        ]
-        if not all(isinstance(message.get(key), str) for message in prompt for key in ("role", "content")):
-            raise UsageError(f"{where}: each message of {prompt_column!r} must have the texts 'role' and 'content'")
-    if not isinstance(prompt, str | list) or not prompt or isinstance(prompt, str) and not prompt.strip():
-        there = ", ".join(row) or "none"
-        raise UsageError(f"{where}: no text under {prompt_column!r}{nearest(prompt_column, row)}; its keys: {there}")
     key = references_column or "references"
-    if references_column is not None and references_column not in row:
-        raise UsageError(f"{where}: nothing under {key!r}{nearest(key, row)}; its keys: {', '.join(row)}")
+    for wanted in [prompt_column] + [key] * (references_column is not None):
+        if row.get(wanted) is None:
+            there = ", ".join(row) or "none"
+            raise UsageError(f"{where}: no text under {wanted!r}{nearest(wanted, row)}; its keys: {there}")
+    prompt = row[prompt_column]
+    if isinstance(prompt, list):  # in a table each message has the keys of all
+        prompt = [
+            {name: value for name, value in message.items() if value is not None}
+            for message in prompt
+            if isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
+        ]
+        if not prompt or len(prompt) != len(row[prompt_column]):
+            raise UsageError(f"{where}: each message under {prompt_column!r} must have the texts 'role' and 'content'")
+    elif not isinstance(prompt, str) or not prompt.strip():
+        raise UsageError(f"{where}: no text under {prompt_column!r}, which is {prompt!r:.60}")
     references = row.get(key)
     references = [] if references is None else [references] if isinstance(references, str) else references
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
@@ -746,6 +749,7 @@ def own_sample(row, where: str, number: str, prompt_column: str, references_colu
 
 def checked_rows(file: str, **columns):
     """The rows of a text file as {place, json}, each known to make a sample."""
+    place = None
     for place, row in read_rows(Path(file)):
         own_sample(row, f"{file}, {place}", "", cells=False, **columns)
         text = json.dumps(row, ensure_ascii=False)
@@ -755,14 +759,23 @@ def checked_rows(file: str, **columns):
             half = f"\\u{ord(text[error.start]):04x}"
             raise UsageError(f"{file}, {place}: {half} is half a character (a lone surrogate), no text") from None
         yield {"place": place, "json": text}
+    if place is None:
+        raise UsageError(f"{file} has no rows")
 
 
-def open_own(path: str, split: str, part: str | None, config, revision, columns: dict) -> tuple:
+def open_own(path: str, split: str, parts: dict[str, str | None], hub: dict, columns: dict) -> tuple:
     """(rows, where they are from, whether they are of that split alone) of one's own texts. See load_own."""
-    place = Path(path)
+    place, part, typed = Path(path), parts[split], any(parts.values())
+    named_splits = (place / "dataset_dict.json").is_file() or not place.exists()
+    if typed and not named_splits or place.exists() and any(hub.values()):
+        raise UsageError(f"{path} has no named splits, config or revision: these are for datasets of the hub")
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         rows, where = open_rows(path, load=datasets.load_from_disk, dataset_path=path), path
-    elif place.exists():
+    elif not place.exists():
+        offline_if_unreachable()
+        where = f"{path}: no such file or folder; as a dataset of the hub it"
+        rows, where = open_rows(where, path=path, split=part, **hub), f"dataset {path}"
+    else:
         file = place if place.is_file() else split_file(path, split, OWN_FILES)
         if file.suffix == ".parquet":
             source = {"path": "parquet", "data_files": {split: str(file)}, "split": split}
@@ -777,22 +790,15 @@ def open_own(path: str, split: str, part: str | None, config, revision, columns:
                 "cache_dir": str(datasets.config.HF_DATASETS_CACHE),
             }
         return open_rows(str(file), **source), str(file), file != place
-    else:
-        offline_if_unreachable()
-        where = f"{path}: no such file or folder; as a dataset of the hub it"
-        source = {"path": path, "name": config, "revision": revision, "split": part}
-        rows, where, part = open_rows(where, **source), f"dataset {path}", None
     if isinstance(rows, datasets.Dataset):
         return rows, where, part is not None
+    if len(rows) == 1 and not typed:
+        return next(iter(rows.values())), where, False
     for name in SPLITS[split] if part is None else (part,):
         if name in rows:
             return rows[name], where, True
-    if len(rows) > 1 or part is not None:
-        there = ", ".join(rows)
-        raise UsageError(
-            f"{where}: no split {split!r}; there is: {there}; name one by --task-kwargs {split}_split NAME"
-        )
-    return next(iter(rows.values())), where, False
+    way_out = f"name one: --task-kwargs {split}_split NAME"
+    raise UsageError(f"{where}: no split {part or split!r}; there is: {', '.join(rows)}; {way_out}")
 
 
 def load_own(
@@ -817,17 +823,17 @@ def load_own(
     if data is not None:
         raise UsageError(f"--task {path} names the data already; --data {data} is for the named tasks")
     columns = {"prompt_column": prompt_column, "references_column": references_column}
-    part = {"train": train_split, "val": val_split, "test": test_split}[split]
-    rows, where, is_split = open_own(path, split, part, config, revision, columns)
+    parts = {"train": train_split, "val": val_split, "test": test_split}
+    rows, where, is_split = open_own(path, split, parts, {"name": config, "revision": revision}, columns)
     as_text = rows.column_names == ["place", "json"]
     if not as_text:
-        wanted = {prompt_column: "string|list", references_column or "references": "string|list"}
-        check_columns(where, rows, {k: v for k, v in wanted.items() if k in rows.features or k != "references"})
-    row_of = np.arange(len(rows))
+        check_columns(where, rows, {prompt_column: "string|list"})
+    row_of = range(len(rows))
     if not is_split:
         if 0 < len(rows) < 10:
             raise UsageError(f"{where}: {len(rows)} rows are too few to split 8:1:1; give a folder of {{split}}.jsonl")
-        row_of = row_of[{"train": row_of % 10 < 8, "val": row_of % 10 == 8, "test": row_of % 10 == 9}[split]]
+        tenth = np.arange(len(rows)) % 10
+        row_of = np.flatnonzero({"train": tenth < 8, "val": tenth == 8, "test": tenth == 9}[split])
     if len(row_of) == 0:
         raise UsageError(f"{where}: the split {split!r} is empty")
     cells = bool({".csv", ".tsv"} & set(Path(where).suffixes))
@@ -836,7 +842,9 @@ def load_own(
         place = f"{where}, {row['place']}" if as_text else f"{where}, row {row_of[n] + 1}"
         return own_sample(json.loads(row["json"]) if as_text else row, place, f"{split}_{n}", cells=cells, **columns)
 
-    return Split(rows, make, row_of)
+    samples = Split(rows, make, row_of)
+    samples[0]  # wrong columns are found before a model is loaded
+    return samples
 
 
 # ---------------------------------------------------------------------------------------------------------------------

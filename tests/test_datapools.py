@@ -4,6 +4,7 @@ tests/data/TASK/ has the rows, in the very columns of the hub and of the archive
 downloaded ones. tests/data/totto_prompts.jsonl has tables with the prompts that the original linearisation gives.
 """
 
+import csv
 import gzip
 import hashlib
 import http.server
@@ -22,7 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pytest
+import tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import datapools
 from datapools import TASKS, Sample, UsageError, get_task
@@ -388,6 +392,360 @@ def test_own_folder(tmp_path):
     assert "the split 'test' is missing" in message(load_task, str(tmp_path), "test")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv", "a.tsv.gz"])
+def test_one_file_of_every_kind(name, tmp_path):
+    """The same rows, and the same samples in all splits; numbers in the cells of a CSV are numbers again."""
+    rows = [
+        {"id": f"row {i}", "prompt": f'{i:03}, "größer"\n{i}', "references": "null", "mood": i, "name": "2011-05-03"}
+        for i in range(20)
+    ]
+    expected = [Sample(row["id"], row["prompt"], ["null"], {"mood": row["mood"], "name": row["name"]}) for row in rows]
+    file = tmp_path / name
+    if ".parquet" in name:
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    else:
+        text = io.StringIO()
+        if ".json" in name:
+            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+            text.write("[" + ",\n".join(lines) + "]" if ".jsonl" not in name else "\n".join(lines))
+        else:
+            table = csv.DictWriter(text, rows[0], delimiter="\t" if ".tsv" in name else ",")
+            table.writeheader()
+            table.writerows(rows)
+        content = b"\xef\xbb\xbf" + text.getvalue().encode()  # with a byte order mark, as Windows writes it
+        file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    train, val, test = datapools.load_splits(str(file), None, {})
+    assert list(train) == [sample for i, sample in enumerate(expected) if i % 10 < 8]
+    assert list(val) == expected[8::10] and list(test) == expected[9::10]
+    other = datapools.load_splits(str(file), None, {"prompt_column": "name", "references_column": "prompt"})[1][0]
+    assert (other.prompt, other.references) == ("2011-05-03", [expected[8].prompt])
+    assert other.meta["references"] == (None if ".csv" in name or ".tsv" in name else "null")
+
+
+def test_rows_of_different_shapes_stay_as_they_are(tmp_path):
+    """datasets alone would give each row the keys of all, and refuse a key that is a number here and a list there."""
+    rows = [{"prompt": "p", "a": {"x": 1}}, {"prompt": "p", "a": [1, "2"]}, {"prompt": "p", "id": None, "b": 1e400}]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    samples = load_task(str(tmp_path), "train")
+    assert [sample.meta for sample in samples] == [{"a": {"x": 1}}, {"a": [1, "2"]}, {"b": float("inf")}]
+    assert [sample.id for sample in samples] == ["train_0", "train_1", "train_2"]
+
+
+def test_own_file_is_read_anew_when_it_changes(tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "old"}])
+    assert load_task(str(tmp_path), "train")[0].prompt == "old"
+    with monkeypatch.context() as patched:  # the second time from the cache
+        patched.setattr(datapools, "read_rows", None)
+        assert load_task(str(tmp_path), "train")[0].prompt == "old"
+    write_jsonl(file, [{"prompt": "new"}])
+    assert load_task(str(tmp_path), "train")[0].prompt == "new"
+
+
+def test_saved_to_disk(tmp_path):
+    rows = [{"prompt": f"p{i}", "references": [f"r{i}"], "mood": i} for i in range(10)]
+    whole = datasets.Dataset.from_list(rows)
+    whole.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": whole, "dev": whole.select([3]), "odd": whole.select([5])}).save_to_disk(
+        tmp_path / "many"
+    )
+    train, val, test = datapools.load_splits(str(tmp_path / "one"), None, {})
+    assert (len(train), val[0], test[0].prompt) == (8, Sample("val_0", "p8", ["r8"], {"mood": 8}), "p9")
+    many = str(tmp_path / "many")
+    assert "no split 'test'; there is: train, dev, odd" in message(datapools.load_splits, many, None, {})
+    train, val, test = datapools.load_splits(many, None, {"test_split": "odd"})
+    assert (len(train), val[0].prompt, test[0].prompt) == (10, "p3", "p5")
+    assert "no split 'add'" in message(datapools.load_splits, many, None, {"test_split": "add"})
+    assert "no named splits" in message(datapools.load_splits, str(tmp_path / "one"), None, {"test_split": "odd"})
+    (tmp_path / "one" / "state.json").write_text("{")
+    assert "cannot be loaded" in message(datapools.load_splits, str(tmp_path / "one"), None, {})
+
+
+def test_a_dataset_of_the_hub(monkeypatch, online):
+    calls = []
+
+    def hub(**kwargs):
+        calls.append(kwargs)
+        rows = datasets.Dataset.from_list([{"question": f"q{i}", "answer": f"a{i}"} for i in range(10)])
+        return datasets.DatasetDict({"train": rows}) if kwargs["split"] is None else rows.select(range(2))
+
+    monkeypatch.setattr(datapools, "answers", lambda url: True)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    typed = {"config": "2017", "prompt_column": "question", "references_column": "answer"}
+    train, val, test = datapools.load_splits("org/data.set", None, typed)
+    assert calls[0] == {"path": "org/data.set", "name": "2017", "revision": None, "split": None}
+    assert (len(train), val[0]) == (8, Sample("val_0", "q8", ["a8"], {}))
+    slices = {"train_split": "train[20%:]", "val_split": "train[:20%]"}
+    assert "no split 'test'" in message(datapools.load_splits, "org/data.set", None, typed | slices)
+    val = datapools.load_task("org/data.set", "val", prompt_column="question", **slices)
+    assert [sample.prompt for sample in val] == ["q0", "q1"] and calls[-1]["split"] == "train[:20%]"
+    text = message(datapools.load_splits, "org/data.set", None, typed | {"prompt_column": "questions"})
+    assert "no column 'questions' (did you mean 'question'?); it has: question, answer" in text
+    text = message(datapools.load_splits, "org/data.set", None, typed | {"references_column": "answers"})
+    assert "no text under 'answers' (did you mean 'answer'?)" in text
+
+
+def test_a_dataset_that_is_nowhere():
+    text = message(datapools.load_splits, "org/data", None, {})
+    assert text.startswith("org/data: no such file or folder; as a dataset of the hub it cannot be loaded")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_prompts_of_messages(kind, tmp_path):
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello!"}]
+    rows = [{"prompt": chat}, {"prompt": chat[1:]}]
+    if kind == "jsonl":
+        write_jsonl(tmp_path / "train.jsonl", rows)
+    else:
+        named = [[message | {"name": None} for message in row["prompt"]] for row in rows]
+        datasets.Dataset.from_list([{"prompt": prompt} for prompt in named]).to_parquet(tmp_path / "train.parquet")
+    assert [sample.prompt for sample in load_task(str(tmp_path), "train")] == [chat, chat[1:]]
+
+
+def test_chat_makes_messages_of_texts(tmp_path):
+    chat = [{"role": "system", "content": "Be kind."}]
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{i}" if i != 9 else chat} for i in range(10)])
+    train, val, test = datapools.load_splits(str(tmp_path / "a.jsonl"), None, {}, chat=True)
+    assert [sample.prompt for sample in train[1:3]] == [[{"role": "user", "content": f"p{i}"}] for i in (1, 2)]
+    assert val[0].prompt == [{"role": "user", "content": "p8"}] and test[0].prompt == chat
+
+
+# A split
+
+
+def test_a_split_is_a_sequence():
+    texts = [f"t{i}" for i in range(600)]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    split = datapools.Split(rows, lambda row, n: (row["text"], n), np.arange(599, -1, -2))
+    every = [(f"t{row}", n) for n, row in enumerate(range(599, -1, -2))]
+    assert list(split) == every and len(split) == 300 and list(reversed(split)) == every[::-1]
+    assert (split[0], split[-1], split[np.int64(7)]) == (every[0], every[-1], every[7])
+    assert split.take([5, -2, 5]) == [every[5], every[-2], every[5]] and split.take(np.array([3])) == [every[3]]
+    assert list(split[10:50:3][2:-1]) == every[10:50:3][2:-1] and split[10:50:3][-2] == every[10:50:3][-2]
+    assert list(split[300:]) == [] and split[:0].take([]) == []
+    for wrong in (300, -301):
+        with pytest.raises(IndexError):
+            split[wrong]
+
+
+def test_a_split_makes_no_sample_before_it_is_asked(tmp_path, monkeypatch):
+    """Of a file in the cache one row is looked at, whatever its length; 64 samples are 64 rows."""
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{i}"} for i in range(1000)])
+    load_task(str(tmp_path / "a.jsonl"), "train")
+    made = []
+    own_sample = datapools.own_sample
+    monkeypatch.setattr(datapools, "own_sample", lambda *args, **kwargs: made.append(1) or own_sample(*args, **kwargs))
+    train = datapools.load_task(str(tmp_path / "a.jsonl"), "train")
+    assert len(train) == 800 and len(made) == 1
+    train.take(range(64))
+    train[100:700]
+    assert len(made) == 65
+
+
+def test_every_task_makes_its_samples_when_asked():
+    for task in HUB_TASKS:
+        split = datapools.load_task(task, "val", data=folder(task))
+        assert isinstance(split, datapools.Split) and isinstance(split.rows, datasets.Dataset)
+        assert split[1:][0] == split[1] == list(split)[1] and split[-1] == list(split)[-1]
+
+
+def test_prompt_order(monkeypatch):
+    """One permutation per epoch, whatever is asked for; the numbers of generators made by hand."""
+    datapools.epoch_order.cache_clear()
+
+    def epoch(seed, number):
+        generator = np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, 2]))
+        return list(generator.permutation(7))
+
+    expected = epoch(3, 0) + epoch(3, 1) + epoch(3, 2)
+    assert datapools.prompt_order(range(21), 7, 3) == expected
+    assert datapools.prompt_order([20, 6, 7], 7, 3) == [expected[20], expected[6], expected[7]]
+    assert sorted(expected[:7]) == list(range(7)) and expected[:7] != expected[7:14] != datapools.prompt_order(
+        range(7), 7, 4
+    )
+    datapools.epoch_order.cache_clear()
+    for start in range(0, 1000, 10):
+        datapools.prompt_order(range(start, start + 10), 1000, 0)
+    assert datapools.epoch_order.cache_info().misses == 1
+
+
+# From texts to tokens, and back
+
+
+def make_tokenizer(template=None, seq2seq_tail=None, **kwargs):
+    """Letters as tokens, "▁" for a space as sentencepiece has it; `template` is what is put around a text."""
+    words = ["<s>", "</s>", "<pad>", "<unk>", "<de>", *"▁abcdefghijklmnopqrstuvwxyz:.!?"]
+    model = tokenizers.models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = tokenizers.decoders.Metaspace(prepend_scheme="first")
+    if template:
+        specials = [(token, made.token_to_id(token)) for token in ("<s>", "</s>", "<de>")]
+        made.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=specials)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"} | kwargs
+    return PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=["<de>"], **special)
+
+
+LLAMA, APPENDS, BARE, T5 = "<s> $A", "<s> $A </s>", None, "$A </s>"
+CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template, seq2seq, side, prompt, length, tokens",
+    [
+        (LLAMA, False, "left", "abc", 9, "<s> ▁ a b c"),
+        (LLAMA, False, "left", "abc", 4, "<s> a b c"),  # BOS is kept
+        (LLAMA, False, "right", "abc", 4, "<s> ▁ a b"),
+        (LLAMA, False, "left", "<s>abc", 9, "<s> a b c"),  # not twice
+        (LLAMA, False, "left", "<s>abc", 3, "<s> b c"),
+        (LLAMA, False, "left", "", 9, "<s>"),
+        (LLAMA, False, "left", "a</s>", 9, "<s> ▁ a </s>"),  # the prompt's own
+        (APPENDS, False, "left", "abc", 9, "<s> ▁ a b c"),  # a response does not begin after EOS
+        (APPENDS, False, "right", "abc", 3, "<s> ▁ a"),
+        (APPENDS, False, "right", "", 3, "<s>"),
+        (T5, False, "right", "", 3, "<s>"),
+        (BARE, False, "left", "abc", 2, "b c"),
+        (BARE, False, "left", "", 2, "<s>"),
+        (BARE, False, "left", "<s>a", 9, "<s> a"),
+        (T5, True, "right", "abc", 9, "▁ a b c </s>"),
+        (T5, True, "right", "abc", 3, "▁ a </s>"),  # EOS is kept
+        (T5, True, "left", "abc", 3, "b c </s>"),
+        (T5, True, "left", "", 3, "</s>"),
+        (APPENDS, True, "left", "abc", 4, "<s> b c </s>"),
+        (APPENDS, True, "left", "<s>abc", 9, "<s> a b c </s>"),
+        ("$A </s> <de>", True, "right", "abc", 4, "▁ a </s> <de>"),
+        (BARE, True, "left", "", 3, "<s>"),
+    ],
+)
+def test_encode_prompts(template, seq2seq, side, prompt, length, tokens):
+    tokenizer = make_tokenizer(template)
+    rows = datapools.encode_prompts(tokenizer, [prompt, "k"], length, side, seq2seq)
+    assert tokenizer.convert_ids_to_tokens(rows[0]) == tokens.split()
+    assert len(rows[1]) in (2, 3, 4)
+
+
+def test_encode_prompts_without_bos():
+    tokenizer = make_tokenizer(bos_token=None)
+    assert datapools.encode_prompts(tokenizer, [""], 9, "left", False) == [[1]]
+
+
+def test_encode_prompts_leaves_the_tokenizer_as_it_was(tmp_path):
+    tokenizer = make_tokenizer(LLAMA)
+    tokenizer("abc", truncation=True, max_length=3)  # what was left by others goes as well
+    datapools.encode_prompts(tokenizer, ["abcdef" * 9], 4, "left", False)
+    tokenizer.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"] is None
+    assert tokenizer.truncation_side == "right"
+
+
+def test_chat_template():
+    chat = [{"role": "user", "content": "abc"}]
+    for template in (BARE, LLAMA, APPENDS):  # whether or not the tokenizer adds one, there is one BOS
+        tokenizer = make_tokenizer(template, chat_template=CHAT)
+        rows = datapools.encode_prompts(tokenizer, [chat], 99, "right", False)
+        assert tokenizer.convert_ids_to_tokens(rows[0]) == "<s> u s e r : ▁ a b c !".split()
+        rows = datapools.encode_prompts(tokenizer, [chat], 4, "right", False)
+        tokens = tokenizer.convert_ids_to_tokens(rows[0])
+        assert tokens[-3:] == ["b", "c", "!"]  # cut on the left: the end says whose turn it is
+    tokenizer = make_tokenizer(LLAMA, chat_template=CHAT.replace("<s>", ""))
+    rows = datapools.encode_prompts(tokenizer, [chat], 99, "right", False)
+    assert tokenizer.convert_ids_to_tokens(rows[0])[:3] == ["<s>", "▁", "u"]
+    rows = datapools.encode_prompts(tokenizer, [chat, "abc"], 99, "right", False)
+    assert tokenizer.convert_ids_to_tokens(rows[1]) == ["<s>", "▁", "a", "b", "c"]
+
+
+def test_chat_errors():
+    chat = [{"role": "user", "content": "abc"}]
+    assert "no chat template" in message(datapools.encode_prompts, make_tokenizer(), [chat], 9, "left", False)
+    refusing = make_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
+    assert "roles must alternate" in message(datapools.encode_prompts, refusing, [chat], 9, "left", False)
+
+
+@pytest.mark.parametrize("prompt, response, text", [("say:", "▁ c a t </s>", " cat"), ("say: cat", "d o g", "dog")])
+def test_a_response_goes_on_from_the_prompt(prompt, response, text):
+    """The space that a sentencepiece tokenizer drops at the start of what it decodes stays where the model wrote it."""
+    tokenizer = make_tokenizer(LLAMA)
+    queries = datapools.encode_prompts(tokenizer, [prompt, "k"], 99, "left", False)
+    responses = [tokenizer.convert_tokens_to_ids(response.split()), [tokenizer.eos_token_id]]
+    assert datapools.decode_responses(tokenizer, queries, responses, False) == [text, ""]
+    assert datapools.decode_responses(tokenizer, queries, responses, True) == [text.strip(), ""]
+    whole = tokenizer.decode(queries[0] + responses[0], skip_special_tokens=True)
+    assert prompt + text == whole
+
+
+def test_a_prompt_that_ends_within_a_character():
+    """Its text is not how prompt and response begin, so the response is decoded alone."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    query, response = tokenizer("aü").input_ids, tokenizer("bc").input_ids
+    assert len(query) == 3
+    assert datapools.decode_responses(tokenizer, [query[:2]], [query[2:] + response], False) == ["\ufffdbc"]
+    assert datapools.decode_responses(tokenizer, [query], [response], False) == ["bc"]
+
+
+def test_eos_ids():
+    def config(eos):
+        return GenerationConfig(eos_token_id=eos)
+
+    tokenizer = make_tokenizer()
+    assert datapools.eos_ids(tokenizer, config(None)) == [1] and datapools.eos_ids(tokenizer, config(7)) == [1, 7]
+    assert datapools.eos_ids(tokenizer, config([9, 1, 4])) == [1, 4, 9]
+    assert datapools.eos_ids(make_tokenizer(eos_token=None), config([9])) == [9]
+    assert "no EOS" in message(datapools.eos_ids, make_tokenizer(eos_token=None), config(None)).replace("an", "no")
+
+
+def test_pad():
+    ids, mask = datapools.pad([[1, 2, 3], [0]], 0, "cpu")
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 0]] and mask.tolist() == [[True] * 3, [True, False, False]]
+    ids, mask = datapools.pad([[1, 2, 3], [0]], 9, "cpu", left=True)
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 0]] and mask.tolist() == [[True] * 3, [False, False, True]]
+
+
+def test_describe_lengths(monkeypatch):
+    tokenizer = make_tokenizer(LLAMA, chat_template=CHAT)
+    samples = [Sample("", "a" * (i + 1), ["b" * i], {}) for i in range(10)]
+    line = datapools.describe_lengths(tokenizer, samples, 10, 9)
+    assert line == (
+        "prompts: 8 tokens (median), 12 (95%), 20.0% truncated to 10; "
+        "references: 6 (median), 10 (95%), 20.0% longer than a response can be"
+    )
+    chat = [Sample("", [{"role": "user", "content": "a"}], [], {})] * 2
+    line = datapools.describe_lengths(tokenizer, chat, 10, 9)
+    assert line.startswith("prompts: 10 tokens (median)") and "val and test measure the same" in line
+    assert "val and test measure the same" in datapools.describe_lengths(
+        tokenizer, datapools.load_task("numbers", "train"), 10, 9
+    )
+    asked = []
+    sequence = type(
+        "Many", (), {"__len__": lambda self: 10**6, "__getitem__": lambda self, i: asked.append(i) or samples[0]}
+    )
+    datapools.describe_lengths(tokenizer, sequence(), 10, 9)
+    assert len(asked) == 2000 and asked[0] == 0 and asked[-1] == 10**6 - 1
+
+
+# What is typed
+
+
+def test_typed_options(tmp_path):
+    train = datapools.load_splits("numbers", None, {"n_samples": "7", "numbers.seed": "3"})[0]
+    assert list(train) == load_task("numbers", "train", n_samples=7, seed=3)
+    sample = datapools.load_splits("xsum", folder("xsum"), {"suffix": "2017"})[1][0]
+    assert sample.prompt.endswith(".2017")
+    assert "n_samples must be" in message(datapools.load_splits, "numbers", None, {"n_samples": "many"})
+    assert "did you mean 'n_samples'?" in message(datapools.load_splits, "numbers", None, {"n_sample": "7"})
+
+
+def test_parse_kwargs():
+    typed = {"min_tokens": "5", "a.k": "[1, 2]", "b.k": "text", "b.none": "null"}
+    kwargs = datapools.parse_kwargs(typed, ["a", "b"], {"a": {"min_tokens": 1, "z": 2}})
+    assert kwargs == {"a": {"min_tokens": 5, "z": 2, "k": [1, 2]}, "b": {"min_tokens": 5, "k": "text", "none": None}}
+    assert "did you mean a.k?" in message(datapools.parse_kwargs, {"c.k": "1"}, ["a"], {})
+    text = message(datapools.parse_kwargs, {"min_tokens=5": "a.k=2"}, ["a"], {})
+    assert text.endswith("written with a space between: min_tokens 5 a.k 2")
+
+
 # What is asked of the hub
 
 
@@ -571,8 +929,16 @@ def test_missing_splits_are_named(tmp_path):
     assert "UTTERANCES" in message(load_task, "crd3", "train", data=str(tmp_path))
 
 
-def test_unknown_names():
+def test_unknown_names(tmp_path):
     assert "did you mean 'cnn_dm'?" in message(get_task, "cnn_dn")
+    write_jsonl(tmp_path / "own.jsonl", [])
+    for name in ("own.jsnl", "owm.jsonl"):
+        text = message(get_task, str(tmp_path / name))
+        assert "no such file or folder (did you mean 'own.jsonl'?)" in text and "unknown task" not in text
+    for name in ("texts.jsonl", "a/b/c", "tests/data", "./texts", "org/texts.parquet", f"{tmp_path}/"):
+        if not Path(name).exists():
+            assert "no such file or folder" in message(get_task, name)
+    assert get_task("org/data.set").metrics == get_task(str(tmp_path)).metrics == ("rouge",)
     assert "known: train, val, test" in message(load_task, "numbers", "validation")
     text = message(load_task, "numbers", "val", n_sample=3)
     assert "did you mean 'n_samples'?" in text and "n_samples, seed" in text
@@ -609,12 +975,44 @@ def test_bad_options_are_named(task, options):
         ('{"promt": "p"}', "line 2: no text under 'prompt' (did you mean 'promt'?); its keys: promt"),
         ('{"prompt": " "}', "line 2: no text under 'prompt'"),
         ('{"prompt": "p", "references": [1]}', "line 2: 'references' must be"),
+        ('{"prompt": [{"role": "user", "text": "p"}]}', "line 2: each message"),
+        ('{"prompt": []}', "line 2: each message"),
+        ('{"prompt": 7}', "line 2: no text under 'prompt', which is 7"),
+        ('{"prompt": "p", "references": ["a\\ud83d"]}', "line 2: \\ud83d is half a character"),
+        ('{"prompt": "p", "mood": {"k\\udc00": 1}}', "line 2: \\udc00 is half a character"),
     ],
 )
 def test_bad_jsonl(line, said, tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text('{"prompt": "p"}\n' + line + "\n")
     assert said in message(load_task, str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("train.json", '[{"prompt": "p"},\n{"prompt": }]', "line 2: not JSON"),
+        ("train.json", '[{"prompt": "p"}, 3]', "row 2: not a JSON object"),
+        ("train.csv", "prompt,mood\np,1\np\n", "line 3: not as many cells"),
+        ("train.csv", "prompt,mood\np,1\np,2,3\n", "line 3: not as many cells"),
+        ("train.csv", "promt,mood\np,1\n", "line 2: no text under 'prompt' (did you mean 'promt'?)"),
+        ("train.csv", 'prompt,mood\np,1\n"p\n', "not a table"),
+        ("train.tsv", "prompt\tmood\n\t1\n", "line 2: no text under 'prompt', which is ''"),
+        ("train.csv", "prompt,mood\n", "train.csv has no rows"),
+        ("train.parquet", "prompt", "cannot be loaded"),
+        ("train.jsonl", '{"prompt": "a"} {"prompt": "b"}', "line 1: not JSON"),
+    ],
+)
+def test_bad_files_of_other_kinds(name, content, said, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert said in message(load_task, str(tmp_path), "train")
+
+
+def test_a_prompt_that_is_missing_in_a_table_is_named(tmp_path):
+    datasets.Dataset.from_dict({"prompt": ["p", None]}).to_parquet(tmp_path / "train.parquet")
+    assert "'prompt' is missing in row 2" in message(load_task, str(tmp_path), "train")
+    datasets.Dataset.from_dict({"prompt": ["p", " "]}).to_parquet(tmp_path / "train.parquet")
+    assert "train.parquet, row 2: no text under 'prompt'" in message(load_task, str(tmp_path), "train")
 
 
 def test_bad_jsonl_files(tmp_path):
@@ -634,7 +1032,7 @@ def test_bad_jsonl_files(tmp_path):
 def test_rewards_and_metrics_exist():
     rewards = pytest.importorskip("rewards")
     for name, task in TASKS.items():
-        assert set(task.reward) <= set(rewards.REWARDS) and set(task.metrics) <= set(rewards.METRICS), name
+        assert set(task.reward) <= set(rewards.REWARDS) and set(task.metrics) <= {*rewards.METRICS, *rewards.REWARDS}
         assert len(task.reward) == len(task.reward_weights)
         assert task.reward_kwargs.keys() <= set(task.reward) and task.metric_kwargs.keys() <= set(task.metrics)
         samples = load_task(name, "val", data=None if name in ("numbers", "dates") else folder(name))
