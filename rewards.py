@@ -1,16 +1,16 @@
 """Reward functions and metrics, one flat file.
 
-A reward is called as `reward(prompts, generations, references, metas)` and returns one number per sample; a metric as
-`metric(prompts, generations, references, metas, model=None, tokenizer=None)` and returns
-`{name: (one number per sample or None, number for the whole set)}`. `prompts` and `generations` are lists of texts,
-`references` is a list (one entry per sample) of lists of texts, `metas` a list of dicts.
+A reward is called as `reward(prompts, generations, references, metas)` and returns one number per sample; with a
+parameter `token_ids`, the list of each response's ids, it may return a list of one number per token. A metric is called
+as `metric(prompts, generations, references, metas)`, with the policy as `model` and its `tokenizer` where it has these
+parameters, and returns `{name: (one number per sample or None, number for the whole set)}`. `prompts` and `generations`
+are lists of texts, `references` is a list (one entry per sample) of lists of texts, `metas` a list of dicts.
 
 To add one: write a function that takes the reward's options and returns such a callable, and give it a line in REWARDS
 or METRICS at the end of this file; or leave this file alone and pass `path/to/file.py:function` where a name is
-expected. What each one measures, its range and its cost: docs/rewards.md.
+expected. What each one measures, its options, range and cost: docs/rewards.md.
 """
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -21,30 +21,37 @@ import re
 import shutil
 import signal
 import string
+import sys
 import threading
+import time
 import traceback
+import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import chain, zip_longest
+from functools import lru_cache, partial, update_wrapper
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import nltk
 import numpy as np
 import regex
 import torch
+from filelock import FileLock
 from nltk import sent_tokenize, word_tokenize
 from nltk.corpus.reader import CorpusReader, WordNetCorpusReader
 from nltk.corpus.util import LazyCorpusLoader
 from nltk.stem.porter import PorterStemmer
-from nltk.tokenize import NLTKWordTokenizer
 from nltk.translate.meteor_score import meteor_score
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize as rouge_tokenize
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -53,7 +60,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from datapools import UsageError, offline_if_unreachable
+from datapools import UsageError, answers, nearest, offline_if_unreachable, parse_kwargs
 
 COMMONGEN_PREFIX = "generate a sentence with: "
 # References come again at every visit of their sample, so what is derived from them is kept, for as many as this.
@@ -61,60 +68,189 @@ PREPARED = 4096
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From the rewards of a run to the rewards of tokens
+# From the rewards of a run to the rewards of tokens, from its metrics to the numbers of an evaluation
 # ---------------------------------------------------------------------------------------------------------------------
-def score_texts(reward_functions, reward_weights, samples, generations, response_lengths, width):
-    """The weighted rewards as rewards of tokens (B, width), and {reward: its mean}.
+def score_texts(reward_functions, weights, samples, generations, token_ids):
+    """The weighted rewards as rewards of tokens, (B, longest response) float32, and {reward: mean over the samples}.
 
-    A number goes to the last token of the response; a list has one number for each. Raises ValueError for any other.
+    token_ids: the ids of each response, EOS included. A sample's number goes to its last token; a list has a number for
+    each of its tokens, and counts in the mean with its sum. Raises ValueError for anything else that a reward returns.
     """
-    texts = [s.prompt for s in samples], generations, [s.references for s in samples], [s.meta for s in samples]
-    token_scores, means = torch.zeros(len(samples), width), {}
-    for (name, reward), weight in zip(reward_functions.items(), reward_weights, strict=True):
-        values = reward(*texts)
-        if not hasattr(values, "__len__"):
-            raise ValueError(f"{name} returned {values!r:.60}: must be a list of {len(samples)} numbers")
-        if len(values) != len(samples):
-            raise ValueError(f"{name} returned {len(values)} values for {len(samples)} samples")
+    lengths = [len(ids) for ids in token_ids]
+    token_scores, means = torch.zeros(len(samples), max(lengths)), {}
+    for (name, reward), weight in zip(reward_functions.items(), weights, strict=True):
+        values = as_arrays(name, call(name, reward, samples, generations, token_ids), samples, lengths, finite=True)
         for i, value in enumerate(values):
-            length = int(response_lengths[i])
-            try:
-                array = np.asarray(value)
-            except ValueError:  # a ragged list
-                array = np.asarray(None)
-            if array.dtype.kind not in "biuf" or array.shape not in ((), (length,)) or not np.isfinite(array).all():
-                raise ValueError(
-                    f"{name} returned {value!r:.60} for sample {samples[i].id}: must be a finite number, or a list "
-                    f"of one for each of the response's {length} tokens"
-                )
-            where = slice(0, length) if array.ndim else length - 1
-            token_scores[i, where] += weight * torch.as_tensor(array, dtype=torch.float32)
-        means[name] = float(np.mean([np.sum(value) for value in values]))
+            where = slice(0, lengths[i]) if value.ndim else lengths[i] - 1
+            token_scores[i, where] += torch.as_tensor(weight * value, dtype=torch.float32)
+        means[name] = float(np.mean([value.sum() for value in values]))
     return token_scores, means
 
 
-def measure(name, metric, samples, generations, model, tokenizer):
-    """{figure: (one float per sample or None, float for the set)}; ValueError if the metric returns something else."""
-    texts = [s.prompt for s in samples], generations, [s.references for s in samples], [s.meta for s in samples]
-    figures = metric(*texts, model=model, tokenizer=tokenizer)
-    if not isinstance(figures, dict):
+def measure(metrics, samples, generations, model, tokenizer):
+    """({figure: its value}, {figure: [one value per sample]}), None for what is not finite, which JSON cannot hold.
+
+    To be called by all processes of torch.distributed with the same arguments; all get the result, whatever their
+    number: each scores its share of the samples for the metrics made of samples, rank 0 computes the others.
+    """
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+    samples, row, per_sample = list(samples), {}, {}
+    for name, metric in metrics.items():
+        if hasattr(metric, "rows"):
+            if hasattr(metric.rows, "prepare"):
+                metric.rows.prepare(clean_references(samples))
+            rows = sample_rows(name, metric, samples[rank::processes], generations[rank::processes], tokenizer)
+            parts = [rows] * processes
+            if together:
+                torch.distributed.all_gather_object(parts, rows)
+            figures = metric.combine([parts[i % processes][i // processes] for i in range(len(samples))])
+        else:
+            found = [None]
+            if rank == 0:
+                token_ids = response_ids(metric, generations, tokenizer)
+                found = [call(name, metric, samples, generations, token_ids, model=model, tokenizer=tokenizer)]
+            if together:
+                torch.distributed.broadcast_object_list(found, src=0)
+            figures = found[0]
+        for figure, (values, value) in checked_figures(name, figures, samples).items():
+            row[figure] = value
+            if values is not None:
+                per_sample[figure] = values
+    return row, per_sample
+
+
+def sample_rows(name, metric, samples, generations, tokenizer) -> list:
+    """What the metric is made of, a row for each sample: a reward's values as floats, or whatever metric.rows gives."""
+    if not len(samples):
+        return []
+    token_ids = response_ids(metric.rows, generations, tokenizer)
+    rows = call(name, metric.rows, samples, generations, token_ids)
+    if not getattr(metric, "of_reward", False):
+        return rows
+    lengths = None if token_ids is None else [len(ids) for ids in token_ids]
+    return [float(value.sum()) for value in as_arrays(name, rows, samples, lengths)]
+
+
+def checked_figures(name, figures, samples) -> dict[str, tuple]:
+    """What a metric returned, as Python's floats; ValueError if that is something else."""
+    if not isinstance(figures, dict) or not all(isinstance(p, tuple) and len(p) == 2 for p in figures.values()):
         raise ValueError(f"{name} returned {figures!r:.60}: must be {{name: (values of samples or None, value)}}")
-    for figure, (per_sample, value) in figures.items():
-        if per_sample is not None and len(per_sample) != len(samples):
-            raise ValueError(f"{name}: {figure} has {len(per_sample)} values for {len(samples)} samples")
-        per_sample = per_sample if per_sample is None else [float(number) for number in per_sample]
-        figures[figure] = (per_sample, float(value))
-    return figures
+    result = {}
+    for figure, (values, value) in figures.items():
+        if values is not None and len(values) != len(samples):
+            raise ValueError(f"{name}: {figure} has {len(values)} values for {len(samples)} samples")
+        result[figure] = (None if values is None else list(map(finite_or_none, values)), finite_or_none(value))
+    return result
 
 
-def describe_error(error):
-    """An exception as one line that ends with the place where it was raised."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+def finite_or_none(number) -> float | None:
+    return float(number) if number is not None and math.isfinite(number) else None
+
+
+def call(name, scorer, samples, generations, token_ids=None, **others):
+    """scorer(prompts, generations, references, metas), with token_ids and the others where it has such a parameter.
+
+    What it raises gets a note with its name and the sample; to find that, samples are tried alone for five seconds.
+    """
+    parameters = inspect.signature(scorer).parameters
+
+    def ask(indices):
+        chosen = [samples[i] for i in indices]
+        prompts = [s.prompt if getattr(scorer, "reads_messages", False) else as_text(s.prompt) for s in chosen]
+        given = {key: value for key, value in others.items() if key in parameters}
+        if "token_ids" in parameters:
+            given["token_ids"] = [list(token_ids[i]) for i in indices]
+        texts = [clean(generations[i]) for i in indices]
+        return scorer(prompts, texts, list(clean_references(chosen)), [s.meta for s in chosen], **given)
+
+    try:
+        return ask(range(len(samples)))
+    except Exception as error:
+        where = f"of the samples {', '.join(str(s.id) for s in samples[:5])}{', ...' if len(samples) > 5 else ''}"
+        deadline = time.monotonic() + 5
+        for i in range(len(samples)):
+            if time.monotonic() > deadline:
+                break
+            try:
+                ask([i])
+            except Exception:
+                where = f"of the sample {samples[i].id}, whose generation is {generations[i]!r:.200}"
+                break
+        error.add_note(f"raised by {name} {where}")
+        raise
+
+
+def as_arrays(name, values, samples, lengths=None, finite=False) -> list[np.ndarray]:
+    """A reward's values of samples, each () or (its response's tokens,); ValueError for anything else.
+
+    values: list, array or tensor, on any device. lengths: tokens of the responses, None where there are no tokens.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+    if isinstance(values, str | dict) or not hasattr(values, "__len__") or getattr(values, "ndim", 1) == 0:
+        raise ValueError(f"{name} returned {values!r:.60}: must be a list of {len(samples)} numbers")
+    if len(values) != len(samples):
+        raise ValueError(f"{name} returned {len(values)} values for {len(samples)} samples")
+    arrays = []
+    for i, value in enumerate(values):
+        array, shapes = as_array(value), [()] if lengths is None else [(), (lengths[i],)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            good = array.dtype.kind in "biuf" and array.shape in shapes
+            good = good and not (finite and not np.isfinite(array.astype(np.float32)).all())
+        if not good:
+            tokens = "" if lengths is None else f", or a list of one for each of the response's {lengths[i]} tokens"
+            raise ValueError(
+                f"{name} returned {value!r:.60} for sample {samples[i].id}: must be a finite number{tokens}"
+            )
+        arrays.append(array.astype(np.float64))
+    return arrays
+
+
+def as_array(value) -> np.ndarray:
+    """A number, list, array or tensor as an array; one of objects if it is no such thing."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().double().numpy()
+    if isinstance(value, list | tuple):
+        value = [item.item() if isinstance(item, torch.Tensor) and item.ndim == 0 else item for item in value]
+    try:
+        return np.asarray(value)
+    except (ValueError, RuntimeError):  # a ragged list
+        return np.asarray(None)
+
+
+def response_ids(scorer, texts, tokenizer) -> list[list[int]] | None:
+    """The texts' token ids, for a scorer that takes token_ids where no response is at hand; None for any other."""
+    if "token_ids" not in inspect.signature(scorer).parameters:
+        return None
+    return [list(tokenizer(clean(text), add_special_tokens=False).input_ids) or [0] for text in texts]
+
+
+def as_text(prompt) -> str:
+    """A prompt as a text: of a chat the messages' contents, a line each."""
+    return clean(prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt))
+
+
+def clean(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate: JSON can hold one, and no tokenizer can encode it."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def clean_references(samples):
+    """Each sample's references, one sample after the other."""
+    return ([clean(text) for text in sample.references] for sample in samples)
+
+
+def join(prompt: str, generation: str, separator: str) -> str:
+    """Prompt and response as one text, with the separator between them unless there is a space already."""
+    space = not prompt or not generation or prompt[-1].isspace() or generation[0].isspace()
+    return prompt + ("" if space else separator) + generation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a score of one sample to a reward, from a reward to a metric
+# From a score of one sample to a reward, from values of samples to a metric
 # ---------------------------------------------------------------------------------------------------------------------
 def per_sample(score: Callable) -> Callable:
     """The reward that gives each sample `score(generation, references)`."""
@@ -125,16 +261,20 @@ def per_sample(score: Callable) -> Callable:
     return reward
 
 
+def by_sample(rows: Callable, combine: Callable, of_reward: bool = False) -> Callable:
+    """The metric combine(rows(prompts, generations, references, metas)), whose rows, one a sample and independent of
+    each other, can be computed by several processes. of_reward: rows is a reward, and combine takes its floats."""
+
+    def metric(*texts):
+        return combine(rows(*texts))
+
+    metric.rows, metric.combine, metric.of_reward = rows, combine, of_reward
+    return metric
+
+
 def mean_of(name: str, reward: Callable) -> Callable:
     """The metric that reports a reward's value for each sample and, for the set, their mean."""
-
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
-        scores = reward(prompts, generations, references, metas)
-        return {name: (scores, sum(scores) / len(scores))}
-
-    if hasattr(reward, "prepare"):
-        metric.prepare = reward.prepare
-    return metric
+    return by_sample(reward, lambda scores: {name: (scores, sum(scores) / len(scores))}, of_reward=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,12 +317,35 @@ def dates():
 # ---------------------------------------------------------------------------------------------------------------------
 # Porter's stemmer takes half of rouge-score's time and a text's words come again and again, as do the references.
 porter = SimpleNamespace(stem=lru_cache(maxsize=1 << 18)(PorterStemmer().stem))
-cached_rouge_tokenizer = SimpleNamespace(tokenize=lru_cache(maxsize=1 << 16)(partial(rouge_tokenize, stemmer=porter)))
+WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+UNICODE_WORD = regex.compile(rf"[{WITHOUT_SPACES}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{WITHOUT_SPACES}]]+", regex.V1)
 
 
-def rouge_scores(types: tuple[str, ...], first_reference: bool) -> Callable:
+def unicode_words(text: str) -> list[str]:
+    """Words of any language, lower-case; where it writes no spaces (Chinese, Japanese, Thai ...), each character."""
+    return UNICODE_WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def word_splitter(name: str, tokenize: str, others: dict[str, Callable]) -> Callable[[str], list[str]]:
+    """text -> words, by one of `others` (name -> function), by `unicode_words` or by a tokenizer of sacrebleu."""
+    known = {**others, "unicode": unicode_words, **dict.fromkeys(BLEU.TOKENIZERS)}
+    if tokenize not in known:
+        raise UsageError(f"{name} has no tokenizer {tokenize!r}{nearest(tokenize, known)}; it has: {', '.join(known)}")
+    if known[tokenize]:
+        return known[tokenize]
+    try:
+        split = BLEU(tokenize=tokenize).tokenizer
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UsageError(f"{name}: sacrebleu's tokenizer {tokenize!r} is not installed: {reason}") from None
+    return lambda text: split(text).split()
+
+
+def rouge_scores(types: tuple[str, ...], first_reference: bool, tokenize: str) -> Callable:
     """score(generation, references) -> {type: F1}, each type's best over the references or that of the first alone."""
-    scorer = RougeScorer(types, tokenizer=cached_rouge_tokenizer)
+    split = word_splitter("rouge", tokenize, {"rouge": partial(rouge_tokenize, stemmer=porter)})
+    words = SimpleNamespace(tokenize=lru_cache(maxsize=1 << 16)(split))
+    scorer = RougeScorer(types, tokenizer=words)
 
     def score(generation, references):
         best = scorer.score_multi(references[:1] if first_reference else references, generation)
@@ -191,119 +354,62 @@ def rouge_scores(types: tuple[str, ...], first_reference: bool) -> Callable:
     return score
 
 
-def rouge(types: tuple[str, ...], first_reference: bool = False):
-    """Mean over `types` (rouge1, rouge2, rougeL, rougeLsum) of rouge-score's F1, words stemmed. In [0, 1].
+def rouge(types: tuple[str, ...], first_reference: bool = False, tokenize: str = "rouge"):
+    """Mean over `types` (rouge1, rouge2, rougeL, rougeLsum) of rouge-score's F1. In [0, 1].
 
     first_reference: compare with the first reference only instead of taking each type's best over all of them.
+    tokenize: "rouge", rouge-score's own: a to z and digits, lower-case, stemmed; "unicode" for other languages than
+    English; or a tokenizer of sacrebleu (zh, ja-mecab, char, intl ...), which keeps the case.
     """
-    scores = rouge_scores(types, first_reference)
+    scores = rouge_scores(types, first_reference, tokenize)
     return per_sample(lambda *pair: sum(scores(*pair).values()) / len(types))
 
 
-def rouge_metric(first_reference: bool = False):
+def rouge_metric(first_reference: bool = False, tokenize: str = "rouge"):
     """rouge1, rouge2, rougeL and rougeLsum at once; see `rouge`."""
     types = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-    scores = rouge_scores(types, first_reference)
+    scores = rouge_scores(types, first_reference, tokenize)
 
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
-        rows = [scores(*pair) for pair in zip(generations, references, strict=True)]
+    def rows(prompts, generations, references, metas):
+        return [scores(*pair) for pair in zip(generations, references, strict=True)]
+
+    def combine(rows):
         columns = {type: [row[type] for row in rows] for type in types}
         return {type: (column, sum(column) / len(column)) for type, column in columns.items()}
 
-    return metric
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# ROUGE-L as NarrativeQA counts it
-# ---------------------------------------------------------------------------------------------------------------------
-ROUGE_L_WORDS = 100
-original_porter = lru_cache(maxsize=1 << 18)(PorterStemmer(PorterStemmer.ORIGINAL_ALGORITHM).stem)
-split_contractions = NLTKWordTokenizer().tokenize
+    return by_sample(rows, combine)
 
 
 @lru_cache(maxsize=1)
-def irregular_forms() -> dict[str, str]:
-    """py-rouge's list of irregular forms (went -> go, children -> child), read without importing py-rouge: its code
-    needs pkg_resources, which setuptools no longer has."""
+def py_rouge():
+    """py-rouge's scorer with NarrativeQA's arguments."""
     package = importlib.util.find_spec("rouge")
-    folder = Path(package.origin).parent if package else Path()
-    files = [folder / "wordnet_key_value.txt", folder / "wordnet_key_value_special_cases.txt"]
-    if not package or not all(file.exists() for file in files):
-        raise UsageError("rouge_l_max needs the word lists of the package py-rouge: pip install py-rouge==1.1")
-    return dict(line.split("|") for file in files for line in file.read_text(encoding="utf-8").splitlines())
-
-
-@lru_cache(maxsize=PREPARED)
-def rouge_l_lines(text: str) -> list[list[str]]:
-    """The stemmed words of each line of the text's first 100 words."""
-    lines, room = [], ROUGE_L_WORDS
-    for line in text.split("\n"):
-        words = line.split()
-        plain = re.sub("[^A-Za-z0-9]", " ", " ".join(words[:room]).lower()).replace("cannot", "_cannot_")
-        tokens = [
-            irregular_forms().get(token) or original_porter(token) if len(token) > 3 else token
-            for token in split_contractions(plain)
-        ]
-        lines.append(" ".join(tokens).replace("_cannot_", "cannot").split())
-        room -= len(words)
-        if room <= 0:
-            break
-    return lines
-
-
-def lcs_positions(x: list[str], y: list[str]) -> set[int]:
-    """The positions in x of a longest common subsequence with y; of several, the one that py-rouge walks back to."""
-    table = [[0] * (len(y) + 1)]
-    for word in x:
-        above, row, left = table[-1], [0], 0
-        for j, other in enumerate(y):
-            if word == other:
-                left = above[j] + 1
-            elif above[j + 1] > left:
-                left = above[j + 1]
-            row.append(left)
-        table.append(row)
-    positions, i, j = set(), len(x), len(y)
-    while i and j:
-        if x[i - 1] == y[j - 1]:
-            i, j = i - 1, j - 1
-            positions.add(i)
-        elif table[i - 1][j] >= table[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return positions
-
-
-def rouge_l_f(generated: list[list[str]], reference: list[list[str]]) -> float:
-    """py-rouge's F of two texts, as stemmed lines."""
-    unused = Counter(chain.from_iterable(generated))
-    generated_length, reference_length, hits = sum(unused.values()), sum(map(len, reference)), 0
-    for line in reference:
-        common = set().union(*(lcs_positions(line, other) for other in generated))
-        for position in sorted(common):
-            if unused[line[position]] > 0:
-                unused[line[position]] -= 1
-                hits += 1
-    if not hits:
-        return 0.0
-    # The exponent belongs to ROUGE-W; py-rouge, given a weight factor, applies it to ROUGE-L as well.
-    precision, recall = (hits / generated_length) ** (1 / 1.2), (hits / reference_length) ** (1 / 1.2)
-    return precision * recall / (0.5 * precision + 0.5 * recall)
+    if package is None:
+        raise UsageError("rouge_l_max needs the package py-rouge: pip install py-rouge==1.1")
+    # Of pkg_resources, which setuptools has no longer, it uses one function, to find its word lists.
+    beside = SimpleNamespace(resource_filename=lambda name, file: str(Path(package.origin).parent / file))
+    missing = "pkg_resources" not in sys.modules
+    sys.modules.setdefault("pkg_resources", beside)
+    try:
+        library = importlib.import_module("rouge.rouge")
+    finally:
+        if missing:
+            del sys.modules["pkg_resources"]
+    library.Rouge.load_stemmer(ensure_compatibility=True)
+    library.Rouge.STEMMER.stem = lru_cache(maxsize=1 << 18)(library.Rouge.STEMMER.stem)
+    arguments = {"limit_length": True, "length_limit": 100, "length_limit_type": "words", "weight_factor": 1.2}
+    return library.Rouge(metrics=["rouge-l"], apply_avg=True, alpha=0.5, stemming=True, **arguments)
 
 
 def rouge_l_max():
-    """py-rouge's ROUGE-L F with NarrativeQA's arguments, best of the references. In [0, 1].
+    """py-rouge's ROUGE-L F of the first 100 words with NarrativeQA's arguments, best of the references. In [0, 1].
 
-    Written out because py-rouge no longer imports, and takes ten times as long.
+    Its weight factor belongs to ROUGE-W; py-rouge raises the P and R of ROUGE-L to 1/1.2 as well.
     """
-    irregular_forms()
-
-    def score(generation, references):
-        generated = rouge_l_lines(generation)
-        return max(rouge_l_f(generated, rouge_l_lines(reference)) for reference in references)
-
-    return per_sample(score)
+    scorer = py_rouge()
+    return per_sample(
+        lambda text, references: max(scorer.get_scores(text, reference)["rouge-l"]["f"] for reference in references)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,11 +465,10 @@ def bleu():
 def bleu_metric():
     """BLEU of each sample, and of the set by summed counts; see `bleu`."""
 
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
-        statistics = [bleu_statistics(*pair) for pair in zip(generations, references, strict=True)]
-        return {"bleu": ([bleu_from(row) for row in statistics], bleu_from(np.sum(statistics, axis=0)))}
+    def rows(prompts, generations, references, metas):
+        return [bleu_statistics(*pair) for pair in zip(generations, references, strict=True)]
 
-    return metric
+    return by_sample(rows, lambda rows: {"bleu": (list(map(bleu_from, rows)), bleu_from(np.sum(rows, axis=0)))})
 
 
 def streams(references: list[list[str]]) -> list[list[str | None]]:
@@ -372,28 +477,19 @@ def streams(references: list[list[str]]) -> list[list[str | None]]:
 
 
 def sacrebleu_scorer(tokenize: str) -> Callable:
-    """score(generation, references) -> sacrebleu's BLEUScore of the one sample as a corpus, references kept."""
-    if tokenize not in BLEU.TOKENIZERS:
-        raise UsageError(
-            f"sacrebleu has no tokenizer {tokenize!r}{nearest(tokenize, BLEU.TOKENIZERS)}; "
-            f"it has: {', '.join(sorted(BLEU.TOKENIZERS))}"
-        )
-    try:
-        BLEU(tokenize=tokenize)
-    except (ImportError, RuntimeError) as error:
-        raise UsageError(
-            f"sacrebleu's tokenizer {tokenize!r} is not installed: {str(error).strip().splitlines()[-1]}"
-        ) from None
-
-    @lru_cache(maxsize=PREPARED)
-    def prepared(references):
-        return BLEU(tokenize=tokenize, force=True, references=streams([list(references)]))
-
-    return lambda generation, references: prepared(tuple(references)).corpus_score([generation], None)
+    """score(generation, references) -> sacrebleu's BLEUScore of the one sample as a corpus."""
+    if tokenize == "unicode":
+        raise UsageError("sacrebleu has no tokenizer 'unicode'; take intl, or char, zh, ja-mecab, ko-mecab")
+    word_splitter("sacrebleu", tokenize, {})
+    scorer = BLEU(tokenize=tokenize, force=True)
+    return lambda generation, references: scorer.corpus_score([generation], streams([references]))
 
 
 def sacrebleu(tokenize: str = "13a"):
-    """sacreBLEU/100 of each sample as a corpus of its own, so 0 below four tokens. In [0, 1]. tokenize: 13a, intl..."""
+    """sacreBLEU/100 of each sample as a corpus of its own, so 0 below four tokens. In [0, 1].
+
+    tokenize: a tokenizer of sacrebleu's: 13a, intl, char, zh, ja-mecab, ko-mecab, ...
+    """
     scorer = sacrebleu_scorer(tokenize)
     return per_sample(lambda *pair: scorer(*pair).score / 100)
 
@@ -402,8 +498,10 @@ def sacrebleu_metric(tokenize: str = "13a"):
     """sacreBLEU/100 of each sample, and of the set by summed counts; see `sacrebleu`."""
     scorer = sacrebleu_scorer(tokenize)
 
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
-        scores = [scorer(*pair) for pair in zip(generations, references, strict=True)]
+    def rows(prompts, generations, references, metas):
+        return [scorer(*pair) for pair in zip(generations, references, strict=True)]
+
+    def combine(scores):
         matches, totals = (
             np.sum([getattr(score, key) for score in scores], 0).tolist() for key in ("counts", "totals")
         )
@@ -411,24 +509,20 @@ def sacrebleu_metric(tokenize: str = "13a"):
         corpus = BLEU.compute_bleu(matches, totals, *lengths, smooth_method="exp")
         return {"sacrebleu": ([score.score / 100 for score in scores], corpus.score / 100)}
 
-    return metric
-
-
-@lru_cache(maxsize=PREPARED // 4)  # a reference's character n-grams take a few hundred kilobytes
-def chrf_scorer(references: tuple[str, ...]) -> CHRF:
-    return CHRF(references=streams([list(references)]))
+    return by_sample(rows, combine)
 
 
 def chrf():
     """chrF/100 of sacrebleu, best of the references. In [0, 1]."""
-    return per_sample(lambda text, references: chrf_scorer(tuple(references)).corpus_score([text], None).score / 100)
+    scorer = CHRF()
+    return per_sample(lambda text, references: scorer.sentence_score(text, references).score / 100)
 
 
 def chrf_metric():
     """chrF/100 of each sample, and of the set by summed counts of each sample's best reference."""
     per_text = chrf()
 
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
+    def metric(prompts, generations, references, metas):
         corpus = CHRF().corpus_score(generations, streams(references)).score / 100
         return {"chrf": (per_text(prompts, generations, references, metas), corpus)}
 
@@ -486,25 +580,45 @@ def ter_metric():
     """TER/100 of each sample, and of the set: all edits over all average reference lengths. Lower is better."""
     process_pool()
 
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
-        rates, edits, lengths = zip(*in_pool(ter_score, generations, references), strict=True)
+    def rows(prompts, generations, references, metas):
+        return in_pool(ter_score, generations, references)
+
+    def combine(rows):
+        rates, edits, lengths = zip(*rows, strict=True)
         # Where no sample has a reference of any length, sacrebleu counts 1 for any text and 0 for none.
         corpus = sum(edits) / sum(lengths) if sum(lengths) else float(sum(edits) > 0)
         return {"ter": (list(rates), corpus)}
 
-    return metric
+    return by_sample(rows, combine)
 
 
-def nltk_data_missing(name: str, data: str) -> UsageError:
-    return UsageError(f"{name} needs NLTK's data: python -m nltk.downloader {data} (or set NLTK_DATA to its folder)")
+def require_nltk(name: str, *packages: str) -> None:
+    """Fetches those of NLTK's data packages that are not here, if there is a network; UsageError if there is none."""
+    places = {"wordnet": ("corpora/wordnet", "corpora/wordnet.zip"), "punkt_tab": ("tokenizers/punkt_tab",)}
+
+    def missing():
+        return [package for package in packages if not any(map(has_nltk, places[package]))]
+
+    if not missing():
+        return
+    downloader = nltk.downloader.Downloader()
+    if not datasets.config.HF_HUB_OFFLINE and answers(downloader.url):
+        folder = Path(downloader.default_download_dir())
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # under torchrun all processes come here
+            for package in missing():
+                downloader.download(package, quiet=True)
+    if missing():
+        fetch = f"python -m nltk.downloader {' '.join(packages)}"
+        raise UsageError(f"{name} needs NLTK's data: {fetch} (or set NLTK_DATA to its folder)")
 
 
-def require_punkt(name: str) -> None:
-    """UsageError if NLTK cannot split sentences."""
+def has_nltk(place: str) -> bool:
     try:
-        word_tokenize("a")
+        nltk.data.find(place)
     except LookupError:
-        raise nltk_data_missing(name, "punkt_tab") from None
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)
@@ -530,10 +644,8 @@ def meteor(first_reference: bool = False):
 
     first_reference: compare with the first reference only.
     """
-    try:
-        in_pool(meteor_of, ["a dog"] * 64, [["the hound"]] * 64)  # so that every worker has WordNet loaded
-    except LookupError:
-        raise nltk_data_missing("meteor", "wordnet punkt_tab") from None
+    require_nltk("meteor", "wordnet", "punkt_tab")
+    in_pool(meteor_of, ["a dog"] * 64, [["the hound"]] * 64)  # so that every worker has WordNet loaded
 
     def reward(prompts, generations, references, metas):
         compared = [texts[:1] for texts in references] if first_reference else references
@@ -554,71 +666,42 @@ def require(module: str, package: str, name: str):
 
 
 class Cider:
-    """CIDEr-D of each sample (n-grams up to 4, sigma 6, times 10), the arithmetic of pycocoevalcap. In [0, 10].
+    """CIDEr-D of each sample (n-grams up to 4, sigma 6, times 10), by pycocoevalcap's scorer. In [0, 10].
 
-    tokenize: "spacy" (its English rules), or "13a" (sacrebleu's), for doing without spaCy.
+    tokenize: "spacy" (its English rules), "unicode", or a tokenizer of sacrebleu's, such as 13a or zh.
     `prepare` takes the document frequencies from the references of a whole split. Without it they come, as in the
     original, from the references of each call: then a sample's value depends on its batch, and is 0 in a batch of one.
     """
 
     def __init__(self, tokenize: str = "spacy"):
-        if tokenize == "spacy":
-            tokenizer = require("spacy", "spacy", "cider").blank("en").tokenizer
-            self.split = lambda text: " ".join(token.text for token in tokenizer(text)).split()
-        elif tokenize == "13a":
-            split = Tokenizer13a()
-            self.split = lambda text: split(text).split()
-        else:
-            raise UsageError(f"cider has no tokenizer {tokenize!r}; it has: spacy, 13a")
-        self.counts = lru_cache(maxsize=PREPARED)(lambda text: ngram_counts(self.split(text)))
-        self.documents = None
+        spacy = require("spacy", "spacy", "cider").blank("en").tokenizer if tokenize == "spacy" else None
+        by_spacy = {"spacy": lambda text: " ".join(token.text for token in spacy(text)).split()}
+        split = word_splitter("cider", tokenize, by_spacy)
+        library = require("pycocoevalcap.cider.cider_scorer", "pycocoevalcap==1.2", "cider")
+        self.new_scorer, self.documents = library.CiderScorer, None
+        self.line = lru_cache(maxsize=PREPARED)(lambda text: " ".join(split(text)))
 
-    def document_frequencies(self, references: list[list[str]]) -> tuple[Counter, float]:
-        """In how many samples' references each n-gram is, and the log of the number of samples."""
-        frequencies = Counter()
+    def document_frequencies(self, references) -> tuple[Counter, int]:
+        """In how many samples' references each n-gram is, and the number of samples."""
+        frequencies, samples = Counter(), 0
         for texts in references:
-            frequencies.update(set(chain.from_iterable(counts for text in texts for counts in self.counts(text))))
-        return frequencies, math.log(len(references))
+            scorer = self.new_scorer(refs=[self.line(text) for text in texts])
+            frequencies.update(set(chain.from_iterable(scorer.crefs[0])))
+            samples += 1
+        return frequencies, samples
 
-    def prepare(self, references: list[list[str]]) -> None:
+    def prepare(self, references) -> None:
         self.documents = self.document_frequencies(references)
-        self.reference_vectors = lru_cache(maxsize=PREPARED)(
-            lambda text: self.vectors(self.counts(text), self.documents)
-        )
-
-    @staticmethod
-    def vectors(counts: list[Counter], documents: tuple[Counter, float]) -> tuple[list[tuple[dict, float]], int]:
-        """The tf-idf vector of each order with its norm, and the length, which pycocoevalcap counts in bigrams."""
-        frequencies, log_samples = documents
-        result = []
-        for order in counts:
-            vector = {
-                ngram: count * (log_samples - math.log(max(1, frequencies[ngram]))) for ngram, count in order.items()
-            }
-            result.append((vector, math.sqrt(sum(weight * weight for weight in vector.values()))))
-        return result, sum(counts[1].values())
 
     def __call__(self, prompts, generations, references, metas):
-        if self.documents is None:
-            documents = self.document_frequencies(references)
-            reference_vectors = lru_cache(maxsize=None)(lambda text: self.vectors(self.counts(text), documents))
-        else:
-            documents, reference_vectors = self.documents, self.reference_vectors
-        scores = []
+        frequencies, samples = self.documents or self.document_frequencies(references)
+        scorer = self.new_scorer()
         for generation, texts in zip(generations, references, strict=True):
-            vectors, length = self.vectors(ngram_counts(self.split(generation)), documents)
-            total = 0.0
-            for text in texts:
-                others, other_length = reference_vectors(text)
-                closeness = math.exp(-((length - other_length) ** 2) / (2 * 6.0**2))
-                for (vector, norm), (other, other_norm) in zip(vectors, others, strict=True):
-                    common = sum(
-                        min(weight, other[ngram]) * other[ngram] for ngram, weight in vector.items() if ngram in other
-                    )
-                    if norm and other_norm:
-                        total += closeness * common / (norm * other_norm)
-            scores.append(10 * total / 4 / len(texts))
-        return scores
+            scorer += (self.line(generation), [self.line(text) for text in texts])
+        # Its compute_score() would count these texts alone; compute_cider() takes the number of samples from the list.
+        scorer.document_frequency = frequencies
+        scorer.crefs += [[]] * (samples - len(scorer.crefs))
+        return [float(score) for score in scorer.compute_cider()]
 
 
 def spice():
@@ -851,18 +934,21 @@ def totto_subsets(metas) -> dict[str, list[int]]:
 def parent_metric():
     """PARENT precision, recall and F, for all samples and for those in and outside ToTTo's overlap subset."""
 
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
+    def rows(prompts, generations, references, metas):
         samples = zip(generations, references, metas, strict=True)
-        rows = [parent_of(generation, texts, meta["raw_table"]) for generation, texts, meta in samples]
+        return [(parent_of(text, targets, meta["raw_table"]), meta) for text, targets, meta in samples]
+
+    def combine(rows):
+        scored, metas = zip(*rows, strict=True)
         result = {}
         for subset, indices in totto_subsets(metas).items():
             for column, suffix in enumerate(("/precision", "/recall", "_f_score")):
-                scores = [rows[i][column] for i in indices]
+                scores = [scored[i][column] for i in indices]
                 mean = sum(scores) / len(scores) if scores else 0.0
                 result[f"table_to_text/parent_{subset}{suffix}"] = (scores if subset == "overall" else None, mean)
         return result
 
-    return metric
+    return by_sample(rows, combine)
 
 
 def bleu_totto():
@@ -871,7 +957,7 @@ def bleu_totto():
     The official command prints one decimal; bleu_{subset} is rounded like that, bleu_{subset}_unrounded is not.
     """
 
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
+    def metric(prompts, generations, references, metas):
         lines = [totto_line(generation) for generation in generations]
         targets = [totto_references(texts) for texts in references]
         result = {}
@@ -926,15 +1012,18 @@ def load_pretrained(auto_class, name: str, device: str, reward: str, **tokenizer
         offline_if_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_options)
-        model = auto_class.from_pretrained(name).to(device).eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        model, loading = auto_class.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{reward}: the model {name!r} cannot be loaded (a hub name or a folder): {reason}") from None
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UsageError(f"{reward}: the model {name!r} has no weights for {missing}: it was not trained for this")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, model, max_tokens(tokenizer, model.config)
+    return tokenizer, model.to(device).eval(), max_tokens(tokenizer, model.config)
 
 
 def max_tokens(tokenizer, config) -> int:
@@ -957,8 +1046,11 @@ def beginnings(tokenizer, texts: list[str], tokens: int) -> list[str]:
 
 
 @torch.no_grad()
-def classify(model, tokenizer, length: int, batch_size: int, texts, pairs=None) -> torch.Tensor:
-    """(N, C) fp32 logits of the texts, or of the pairs (texts[i], pairs[i]), truncated to the length."""
+def classify(model, tokenizer, length: int, batch_size: int, texts, pairs=None, special=True) -> torch.Tensor:
+    """(N, C) fp32 logits of the texts, or of the pairs (texts[i], pairs[i]), truncated to the length.
+
+    special: add the tokenizer's special tokens; not to texts of a chat template, which has them.
+    """
     accepted = inspect.signature(model.forward).parameters
     if pairs is not None:
         # The tokenizers library builds all combinations of what it cuts off two texts: too many if both are long.
@@ -973,34 +1065,116 @@ def classify(model, tokenizer, length: int, batch_size: int, texts, pairs=None) 
             padding=True,
             truncation=True,
             max_length=length,
+            add_special_tokens=special,
         ).to(model.device)
         rows.append(model(**{key: ids for key, ids in encoded.items() if key in accepted}).logits.float().cpu())
     return torch.cat(rows)
 
 
+def shortened(length: int, max_length: int | None, name: str) -> int:
+    """The tokens that are read of a text: what the model has positions for, or the option max_length, if less."""
+    if max_length is not None and max_length < 1:
+        raise UsageError(f"{name}: max_length must be at least 1 token, not {max_length}")
+    return length if max_length is None else min(length, max_length)
+
+
+def classifier(
+    device: str,
+    separator: str,
+    model: str,
+    label_ix: int = 1,
+    label: str | None = None,
+    logit: bool = False,
+    include_prompt: bool = True,
+    batch_size: int = 64,
+    max_length: int | None = None,
+):
+    """Probability of one label of any sequence classifier, of prompt + text or of the text alone. In [0, 1].
+
+    model: hub name or folder. label_ix: the label's index; label: its name in the model's config, instead. The labels'
+    probabilities sum to 1, or are each by itself where the config has problem_type multi_label_classification. logit:
+    the logit instead of the probability, unbounded. Texts too long for the model, or of more than max_length tokens,
+    lose their beginning.
+    """
+    tokenizer, scorer, length = load_pretrained(
+        AutoModelForSequenceClassification, model, device, "classifier", truncation_side="left"
+    )
+    length, labels = shortened(length, max_length, "classifier"), scorer.config.num_labels
+    independent = scorer.config.problem_type == "multi_label_classification"
+    if labels == 1 and not (logit or independent):
+        raise UsageError(f"classifier: {model!r} has one output, a score and no probability; take reward_model for it")
+    if label is not None:
+        if label not in scorer.config.label2id:
+            known = ", ".join(scorer.config.label2id)
+            raise UsageError(
+                f"classifier: {model!r} has no label {label!r}{nearest(label, scorer.config.label2id)}; it has: {known}"
+            )
+        label_ix = int(scorer.config.label2id[label])
+    if not 0 <= label_ix < labels:
+        raise UsageError(f"classifier: {model!r} has labels 0 to {labels - 1}, not {label_ix}")
+
+    def reward(prompts, generations, references, metas):
+        pairs = zip(prompts, generations, strict=True)
+        texts = [join(*pair, separator) for pair in pairs] if include_prompt else list(generations)
+        values = classify(scorer, tokenizer, length, batch_size, texts)
+        if not logit:
+            values = values.sigmoid() if independent else values.softmax(dim=1)
+        return values[:, label_ix].tolist()
+
+    return reward
+
+
 def sentiment(
     device: str,
+    separator: str,
     model: str = "lvwerra/distilbert-imdb",
     label_ix: int = 1,
     include_prompt: bool = True,
     batch_size: int = 64,
 ):
-    """Probability of one label of any sequence classifier, of prompt + text or of the text alone. In [0, 1].
+    """The probability that a film review is positive: `classifier`, with a default model."""
+    return classifier(device, separator, model, label_ix, include_prompt=include_prompt, batch_size=batch_size)
 
-    model: hub name or folder. label_ix: the label's index. Texts too long for the model lose their beginning.
+
+def reward_model(
+    device: str,
+    separator: str,
+    model: str,
+    center: float = 0.0,
+    clip: float | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+):
+    """The logit of a scalar reward model, as trained on preferences (Bradley-Terry), of prompt and text. Unbounded.
+
+    model: hub name or folder of a sequence classifier with one output. center: subtracted, such as the mean score of
+    the references. clip: what is left is cut to [-clip, clip]. If the model's tokenizer has a chat template, the text
+    is the assistant's message after the prompt's messages, or after the prompt as the user's. Texts too long for the
+    model, or of more than max_length tokens, lose their beginning.
     """
-    tokenizer, classifier, length = load_pretrained(
-        AutoModelForSequenceClassification, model, device, "sentiment", truncation_side="left"
+    tokenizer, scorer, length = load_pretrained(
+        AutoModelForSequenceClassification, model, device, "reward_model", truncation_side="left"
     )
-    if not 0 <= label_ix < classifier.config.num_labels:
-        raise UsageError(f"sentiment: {model!r} has labels 0 to {classifier.config.num_labels - 1}, not {label_ix}")
+    length, chat = shortened(length, max_length, "reward_model"), tokenizer.chat_template is not None
+    if scorer.config.num_labels != 1:
+        labels = ", ".join(map(str, scorer.config.label2id))
+        raise UsageError(f"reward_model: {model!r} has the labels {labels}, not one output; take classifier for it")
+    if clip is not None and not clip > 0:
+        raise UsageError(f"reward_model: clip must be above 0, not {clip}")
+
+    def as_chat(prompt, generation):
+        # A causal policy's response begins with the space that joins it to a prompt; a message does not.
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = [*messages, {"role": "assistant", "content": generation.lstrip()}]
+        return clean(tokenizer.apply_chat_template(messages, tokenize=False))
 
     def reward(prompts, generations, references, metas):
         pairs = zip(prompts, generations, strict=True)
-        texts = [prompt + text for prompt, text in pairs] if include_prompt else list(generations)
-        logits = classify(classifier, tokenizer, length, batch_size, texts)
-        return logits.softmax(dim=1)[:, label_ix].tolist()
+        texts = [as_chat(*pair) if chat else join(as_text(pair[0]), pair[1], separator) for pair in pairs]
+        scores = classify(scorer, tokenizer, length, batch_size, texts, special=not chat)[:, 0] - center
+        return (scores if clip is None else scores.clamp(-clip, clip)).tolist()
 
+    reward.reads_messages = True
     return reward
 
 
@@ -1008,7 +1182,7 @@ INTENT_CLASSIFIER = "rajkumarrrk/roberta-daily-dialog-intent-classifier"
 END_OF_UTTERANCE = "<EOU>"
 
 
-def intent_accuracy(device: str, model: str = INTENT_CLASSIFIER, batch_size: int = 64):
+def intent_accuracy(device: str, separator: str, model: str = INTENT_CLASSIFIER, batch_size: int = 64):
     """1 if the classifier finds the wanted intent (meta["intent"], counted from 1) in last utterance + text; else 0."""
     tokenizer, classifier, length = load_pretrained(AutoModelForSequenceClassification, model, device, "intent")
 
@@ -1016,15 +1190,21 @@ def intent_accuracy(device: str, model: str = INTENT_CLASSIFIER, batch_size: int
         texts = []
         for prompt, generation in zip(prompts, generations, strict=True):
             utterances = [utterance for utterance in prompt.split(END_OF_UTTERANCE) if utterance]
-            texts.append((utterances[-1] if utterances else "") + generation)
+            texts.append(join(utterances[-1] if utterances else "", generation, separator))
         found = classify(classifier, tokenizer, length, batch_size, texts).argmax(dim=1).tolist()
         return [float(label == meta["intent"] - 1) for label, meta in zip(found, metas, strict=True)]
 
     return reward
 
 
+def intent_metric(device: str, separator: str, model: str = INTENT_CLASSIFIER, batch_size: int = 64):
+    """The share of texts with the wanted intent; see `intent_accuracy`."""
+    return mean_of("intent", intent_accuracy(device, separator, model, batch_size))
+
+
 def intent(
     device: str,
+    separator: str,
     model: str = INTENT_CLASSIFIER,
     intent_coef: float = 1.0,
     meteor_coef: float = 1.0,
@@ -1032,7 +1212,7 @@ def intent(
 ):
     """intent_coef * (1 if the intent is the wanted one) + meteor_coef * METEOR. See `intent_accuracy`, `meteor`."""
     meteor_reward = meteor()  # first: its processes are to be forked before a model is on the device
-    accuracy = intent_accuracy(device, model, batch_size)
+    accuracy = intent_accuracy(device, separator, model, batch_size)
 
     def reward(*batch):
         pairs = zip(accuracy(*batch), meteor_reward(*batch), strict=True)
@@ -1175,7 +1355,7 @@ def nli_images(device: str, model: str, granularity: str, batch_size: int, name:
     known = ("sentence", "2sents", "paragraph", "document")
     if len(granularities) > 2 or not set(granularities) <= set(known):
         raise UsageError(f"{name}: granularity {granularity!r} is not one of {', '.join(known)}, or two joined by '-'")
-    require_punkt(name)
+    require_nltk(name, "punkt_tab")
     tokenizer, classifier, length = load_pretrained(AutoModelForSequenceClassification, model, device, name)
     labels = {label.lower(): index for index, label in classifier.config.id2label.items()}
     if not {"entailment", "contradiction"} <= set(labels):
@@ -1314,9 +1494,9 @@ def conditional_entropy(counts: Counter, contexts: Counter) -> float:
 def diversity(window_size: int = 100):
     """GEM's statistics of the generations' words, lower-cased, with and without punctuation: lengths, MSTTR, and for
     1-, 2- and 3-grams the distinct share, the number of types and of those seen once, and entropies in bits."""
-    require_punkt("diversity")
+    require_nltk("diversity", "punkt_tab")
 
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
+    def metric(prompts, generations, references, metas):
         words = [[word.lower() for word in word_tokenize(generation)] for generation in generations]
         no_punctuation = [[word for word in text if word not in set(string.punctuation)] for text in words]
         values = {}
@@ -1389,9 +1569,10 @@ def evaluate_metric(name: str, kwargs: dict) -> Callable:
     takes_references = any("references" in schema for schema in schemas)
     prefix = Path(name).stem
 
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
+    def metric(prompts, generations, references, metas):
         given = {"references": references if many else [texts[0] for texts in references]} if takes_references else {}
-        values = module.compute(predictions=generations, **given, **options)
+        texts = [text.strip() for text in generations]  # a causal model's begin with a space
+        values = module.compute(predictions=texts, **given, **options)
         result = {}
         for key, value in values.items():
             label = prefix if key == prefix else f"{prefix}/{key}"
@@ -1405,92 +1586,209 @@ def evaluate_metric(name: str, kwargs: dict) -> Callable:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tables, and what the scripts call
+# The tables
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Entry:
-    """How to make a reward or metric, and what it needs of a sample: "references", "meta.KEY", "commongen prompt"."""
+    """How to make a reward or metric from its options, and what it needs of a sample, possibly by those options."""
 
     make: Callable
-    needs: tuple[str, ...] = ()
-
-
-def as_metric(name: str, reward: Entry) -> Entry:
-    """A reward's entry as that of the metric that reports it per sample and its mean, with the same options."""
-
-    def make(*args, **kwargs):
-        return mean_of(name, reward.make(*args, **kwargs))
-
-    make.__signature__ = inspect.signature(reward.make)
-    return Entry(make, reward.needs)
+    needs: tuple[str, ...] | Callable = ()
 
 
 REFERENCES = ("references",)
+LATIN = (*REFERENCES, "latin")  # sees the letters a to z and digits
+SPACED = (*REFERENCES, "spaced")  # sees words between spaces
+
+
+def needs_of_tokens(options: dict) -> tuple[str, ...]:
+    """Of a reward with a `tokenize` of its own, of which these do not part what is written without spaces."""
+    parts_nothing = (None, "spacy", "13a", "intl", "none")
+    return (
+        LATIN
+        if options.get("tokenize") == "rouge"
+        else SPACED
+        if options.get("tokenize") in parts_nothing
+        else REFERENCES
+    )
+
+
+def needs_of_rouge(options: dict) -> tuple[str, ...]:
+    return needs_of_tokens({"tokenize": "rouge", **options})
+
+
+def needs_of_perplexity(options: dict) -> tuple[str, ...]:
+    key = options.get("reference_key")
+    return REFERENCES if key is None else (f"meta.{key}",)
+
 
 REWARDS = {
     "increasing_numbers": Entry(increasing_numbers),
     "dates": Entry(dates),
-    "rouge1": Entry(partial(rouge, ("rouge1",)), REFERENCES),
-    "rouge2": Entry(partial(rouge, ("rouge2",)), REFERENCES),
-    "rougeL": Entry(partial(rouge, ("rougeL",)), REFERENCES),
-    "rougeLsum": Entry(partial(rouge, ("rougeLsum",)), REFERENCES),
+    "rouge1": Entry(partial(rouge, ("rouge1",)), needs_of_rouge),
+    "rouge2": Entry(partial(rouge, ("rouge2",)), needs_of_rouge),
+    "rougeL": Entry(partial(rouge, ("rougeL",)), needs_of_rouge),
+    "rougeLsum": Entry(partial(rouge, ("rougeLsum",)), needs_of_rouge),
     # The original's combination looks at the first reference only.
-    "rouge_combined": Entry(partial(rouge, ("rouge1", "rouge2", "rougeL"), first_reference=True), REFERENCES),
-    "rouge_l_max": Entry(rouge_l_max, REFERENCES),
-    "bleu": Entry(bleu, REFERENCES),
-    "sacrebleu": Entry(sacrebleu, REFERENCES),
+    "rouge_combined": Entry(partial(rouge, ("rouge1", "rouge2", "rougeL"), first_reference=True), needs_of_rouge),
+    "rouge_l_max": Entry(rouge_l_max, LATIN),
+    "bleu": Entry(bleu, SPACED),
+    "sacrebleu": Entry(sacrebleu, needs_of_tokens),
     "chrf": Entry(chrf, REFERENCES),
-    "ter": Entry(ter, REFERENCES),
-    "meteor": Entry(meteor, REFERENCES),
-    "cider": Entry(Cider, REFERENCES),
-    "spice": Entry(spice, REFERENCES),
-    "spider": Entry(spider, REFERENCES),
-    "parent": Entry(parent, (*REFERENCES, "meta.raw_table")),
+    "ter": Entry(ter, SPACED),
+    "meteor": Entry(meteor, SPACED),
+    "cider": Entry(Cider, needs_of_tokens),
+    "spice": Entry(spice, LATIN),
+    "spider": Entry(spider, LATIN),
+    "parent": Entry(parent, (*SPACED, "meta.raw_table")),
     "bertscore": Entry(bertscore, REFERENCES),
     "bleurt": Entry(bleurt, REFERENCES),
+    "classifier": Entry(classifier),
     "sentiment": Entry(sentiment),
-    "intent": Entry(intent, (*REFERENCES, "meta.intent")),
+    "reward_model": Entry(reward_model),
+    "intent": Entry(intent, (*SPACED, "meta.intent")),
     "commongen_preference": Entry(commongen_preference, (*REFERENCES, "meta.concepts")),
     "repeat_penalty": Entry(repeat_penalty, ("commongen prompt",)),
+    "summac_zs": Entry(summac_zs),
+    "summac_conv": Entry(summac_conv),
 }
 
-AVERAGED = (
-    "increasing_numbers dates rouge1 rouge2 rougeL rougeLsum rouge_combined rouge_l_max meteor cider spice bertscore "
-    "bleurt sentiment"
-).split()
-
+# Every reward is a metric too, as its mean, unless there is another one of its name here.
 METRICS = {
-    **{name: as_metric(name, REWARDS[name]) for name in AVERAGED},
-    "rouge": Entry(rouge_metric, REFERENCES),
-    "bleu": Entry(bleu_metric, REFERENCES),
-    "sacrebleu": Entry(sacrebleu_metric, REFERENCES),
+    "rouge": Entry(rouge_metric, needs_of_rouge),
+    "bleu": Entry(bleu_metric, SPACED),
+    "sacrebleu": Entry(sacrebleu_metric, needs_of_tokens),
     "chrf": Entry(chrf_metric, REFERENCES),
-    "ter": Entry(ter_metric, REFERENCES),
-    "parent": Entry(parent_metric, (*REFERENCES, "meta.raw_table")),
-    "bleu_totto": Entry(bleu_totto, (*REFERENCES, "meta.raw_table")),
-    "intent": as_metric("intent", Entry(intent_accuracy, ("meta.intent",))),
+    "ter": Entry(ter_metric, SPACED),
+    "parent": Entry(parent_metric, (*SPACED, "meta.raw_table")),
+    "bleu_totto": Entry(bleu_totto, (*SPACED, "meta.raw_table")),
+    "intent": Entry(intent_metric, ("meta.intent",)),
     "diversity": Entry(diversity),
-    "perplexity": Entry(perplexity, REFERENCES),
-    "summac_zs": as_metric("summac_zs", Entry(summac_zs)),
-    "summac_conv": as_metric("summac_conv", Entry(summac_conv)),
+    "perplexity": Entry(perplexity, needs_of_perplexity),
 }
 
 
-def nearest(name: str, known) -> str:
-    """' (did you mean X?)' for the known name most like `name`, '' if none is."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+# ---------------------------------------------------------------------------------------------------------------------
+# What the scripts call to make them
+# ---------------------------------------------------------------------------------------------------------------------
+LOOKED_AT = 1000  # samples whose references and metas are checked before a run; there may be millions
+
+
+def make_rewards(names, typed, defaults, samples, tokenizer, device, separator) -> dict[str, Callable]:
+    """{name: reward} for names of REWARDS, 'path/to/file.py:function' and 'package.module:function'.
+
+    typed: the options from the command line, KEY or NAME.KEY -> text; defaults: the task's, name -> {option: value}.
+    samples: the split that is trained on, any sequence. Each reward is called once, with a few references as
+    generations. device, such as "cuda:0", and separator, what stands between a prompt and a response that are read as
+    one text, reach those that have such a parameter. UsageError, one line, for all that cannot work.
+    """
+    rewards = {}
+    for name, options in checked_options("reward", names, typed, defaults, samples).items():
+        reward = rewards[name] = make_reward(name, device, separator, **options)
+        if hasattr(reward, "prepare"):
+            reward.prepare(clean_references(samples))
+        few, texts = first_samples(samples)
+        token_ids = response_ids(reward, texts, tokenizer)
+        values = call(name, reward, few, texts, token_ids)
+        try:
+            as_arrays(name, values, few, None if token_ids is None else list(map(len, token_ids)), finite=True)
+        except ValueError as error:
+            raise UsageError(f"reward {error}") from None
+    return rewards
+
+
+def make_metrics(names, typed, defaults, samples, tokenizer, device, separator) -> dict[str, Callable]:
+    """{name: metric} for names of METRICS and REWARDS, 'evaluate:NAME', and functions of one's own, which may be
+    rewards as well: then the metric is the mean. Arguments and errors as in make_rewards; samples: what is evaluated.
+    """
+    metrics = {}
+    for name, options in checked_options("metric", names, typed, defaults, samples).items():
+        metric = make_metric(name, device, separator, **options)
+        if "model" not in inspect.signature(metric).parameters:  # the policy is not there yet
+            few, texts = first_samples(samples)
+            rows = getattr(metric, "rows", metric)
+            if hasattr(rows, "prepare"):
+                rows.prepare(clean_references(few))
+            token_ids = response_ids(rows, texts, tokenizer)
+            values = call(name, rows, few, texts, token_ids, tokenizer=tokenizer)
+            if is_own(name) and not isinstance(values, dict):
+                metric = mean_of(name.rpartition(":")[2], metric)
+            try:
+                if getattr(metric, "of_reward", False):
+                    as_arrays(name, values, few, None if token_ids is None else list(map(len, token_ids)))
+                elif metric is rows:
+                    checked_figures(name, values, few)
+            except ValueError as error:
+                raise UsageError(f"metric {error}") from None
+        metrics[name] = metric
+    return metrics
+
+
+def first_samples(samples) -> tuple[list, list[str]]:
+    """A few samples and texts to try a reward with: references where there are any, else the prompts."""
+    few = list(islice(samples, 4))
+    return few, [sample.references[0] if sample.references else as_text(sample.prompt) for sample in few]
+
+
+def make_reward(name: str, device: str = "cpu", separator: str = "", **options) -> Callable:
+    """One reward, as make_rewards makes it, not tried yet. `reward.prepare(references)`, where there is one, is to be
+    called once with the references of all samples of the split before the first use."""
+    return make("reward", REWARDS, name, options, device=device, separator=separator)
+
+
+def make_metric(name: str, device: str = "cpu", separator: str = "", **options) -> Callable:
+    """One metric, as make_metrics makes it, not tried yet: a function of one's own as it is."""
+    if name.startswith("evaluate:"):
+        return evaluate_metric(name.removeprefix("evaluate:"), options)
+    made = make("metric", REWARDS | METRICS, name, options, device=device, separator=separator)
+    return mean_of(name, made) if name in REWARDS and name not in METRICS else made
+
+
+def make(kind: str, table: dict[str, Entry], name: str, options: dict, **given):
+    """What make_reward and make_metric share. given: what is handed to those that have such a parameter."""
+    if is_own(name):
+        function = load_function(name)
+        if inspect.isclass(function):
+            check_options(name, function, options, hidden=given)
+            wanted = inspect.signature(function).parameters
+            function = function(**options, **{key: value for key, value in given.items() if key in wanted})
+            options = {}
+        check_options(name, function, options, hidden=called_with(kind, name, function))
+        return update_wrapper(partial(function, **options), function) if options else function
+    if name not in table:
+        own = "; or path/to/file.py:function for your own"
+        raise UsageError(f"unknown {kind} {name!r}{nearest(name, table)}; known are: {', '.join(sorted(table))}{own}")
+    maker = table[name].make
+    check_options(name, maker, options, hidden=given)
+    wanted = inspect.signature(maker).parameters
+    return maker(**options, **{key: value for key, value in given.items() if key in wanted})
+
+
+def is_own(name: str) -> bool:
+    return ":" in name and not name.startswith("evaluate:")
+
+
+def called_with(kind: str, name: str, function: Callable) -> set[str]:
+    """The parameters that are not options but what a reward or metric is called with; UsageError if they do not fit."""
+    arguments = ("prompts", "generations", "references", "metas")
+    try:
+        bound = inspect.signature(function).bind_partial(*arguments).arguments
+    except (TypeError, ValueError):
+        bound = {"prompts": None}
+    if any(bound.get(argument, argument) != argument for argument in arguments):
+        has = f"{name.rpartition(':')[2]}{inspect.signature(function)}" if callable(function) else repr(function)
+        raise UsageError(f"{kind} {name!r} is {has}; must be: def {kind}({', '.join(arguments)})")
+    return {*bound, "token_ids"} | ({"model", "tokenizer"} if kind == "metric" else set())
 
 
 def load_function(spec: str) -> Callable:
-    """The object called `function` of a Python file, from 'path/to/file.py:function'. UsageError if it is not there."""
+    """The function or class that 'path/to/file.py:name' or 'package.module:name' names. UsageError if there is none.
+
+    The file is imported as Python imports it: its folder is on sys.path, it is in sys.modules, and executed only once.
+    """
     path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise UsageError(f"no file {path!r} for the reward or metric {spec!r}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        module = import_file(Path(path).resolve()) if path.endswith(".py") else import_module(path)
     except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
         raise UsageError(f"{path}: cannot be imported: {describe_error(error)}") from None
     if not callable(getattr(module, name, None)):
@@ -1499,86 +1797,128 @@ def load_function(spec: str) -> Callable:
     return getattr(module, name)
 
 
-def check_options(name: str, make: Callable, given: dict, hidden: tuple[str, ...] = ()) -> None:
+def import_file(file: Path):
+    """The module of a file, under its name from the topmost folder that is a package."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {str(file)!r}")
+    root, parts = file.parent, [file.stem]
+    while (root / "__init__.py").is_file():
+        root, parts = root.parent, [root.name, *parts]
+    for folder in (root, file.parent):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    name = ".".join(parts)
+    loaded = sys.modules.get(name)
+    if loaded is None and len(parts) > 1:
+        return importlib.import_module(name)
+    if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() != file:
+        name = f"{file.stem}_{zlib.crc32(str(file).encode()):08x}"  # another module has that name, perhaps this one
+        loaded = sys.modules.get(name)
+    if loaded is None:
+        spec = importlib.util.spec_from_file_location(name, file)
+        loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(loaded)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return loaded
+
+
+def import_module(name: str):
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)
+
+
+def describe_error(error) -> str:
+    """An exception as one line that ends with the place where it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({place.filename}:{place.lineno})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot work, said before a model is loaded
+# ---------------------------------------------------------------------------------------------------------------------
+def checked_options(kind: str, names, typed, defaults, samples) -> dict[str, dict]:
+    """{name: its options}; UsageError if samples lack what one of them works on."""
+    options = parse_kwargs(typed, names, defaults)
+    looked_at = list(islice(samples, LOOKED_AT))
+    for name in names:
+        entry = (REWARDS | METRICS if kind == "metric" else REWARDS).get(name, Entry(None))
+        for need in entry.needs(options[name]) if callable(entry.needs) else entry.needs:
+            if need in ("latin", "spaced"):
+                check_script(f"{kind} {name!r}", need, looked_at)
+                continue
+            for sample in looked_at:
+                check_sample(f"{kind} {name!r}", need, sample)
+    return options
+
+
+def check_options(name: str, make: Callable, given: dict, hidden=()) -> None:
     """UsageError if `make` takes no option of one of the given names, or misses one that it must have."""
     options = {key: option for key, option in inspect.signature(make).parameters.items() if key not in hidden}
     if any(option.kind is option.VAR_KEYWORD for option in options.values()):
         return
+    options = {key: option for key, option in options.items() if option.kind is not option.VAR_POSITIONAL}
     for key in given:
         if key not in options:
             known = ", ".join(options) if options else "none"
             raise UsageError(f"{name!r} has no option {key!r}{nearest(key, options)}; its options are: {known}")
         kind = options[key].annotation
         accepted = (int, float) if kind is float else kind
-        if kind in (int, float, bool, str) and given[key] is not None and not isinstance(given[key], accepted):
+        wrong = kind in (int, float, bool, str) and not isinstance(given[key], accepted)
+        if (wrong and given[key] is not None) or (kind in (int, float) and isinstance(given[key], bool)):
             raise UsageError(f"option {key!r} of {name!r} must be of type {kind.__name__}, not {given[key]!r}")
     missing = [key for key, option in options.items() if option.default is option.empty and key not in given]
     if missing:
         raise UsageError(f"{name!r} needs a value for its option {missing[0]!r}")
 
 
-def make_entry(kind: str, table: dict[str, Entry], call_arguments: tuple[str, ...], name: str, device, kwargs: dict):
-    """What make_reward and make_metric share."""
-    if ".py:" in name:
-        function = load_function(name)
-        if inspect.isclass(function):
-            check_options(name, function, kwargs, hidden=("device",))
-            takes_device = "device" in inspect.signature(function).parameters
-            return function(**kwargs, **({"device": device} if takes_device else {}))
-        check_options(name, function, dict.fromkeys(call_arguments) | kwargs)
-        return partial(function, **kwargs) if kwargs else function
-    if name not in table:
-        raise UsageError(f"unknown {kind} {name!r}{nearest(name, table)}; known are: {', '.join(sorted(table))}")
-    make = table[name].make
-    check_options(name, make, kwargs, hidden=("device",))
-    if "device" in inspect.signature(make).parameters:
-        kwargs = {**kwargs, "device": device}
-    return make(**kwargs)
-
-
-def make_reward(name: str, device: str = "cpu", **kwargs) -> Callable:
-    """The reward called `name` (of REWARDS, or 'path/to/file.py:function'), with its options.
-
-    Returns reward(prompts, generations, references, metas) -> one float per sample. A function of one's own may return
-    for each sample a list with one value per response token instead; a class of one's own is instantiated with the
-    options (and `device`, if it takes that). UsageError if the name or an option is unknown, or if a package, a model,
-    data or a jar that it needs is missing. `reward.prepare(references)`, where there is one, is to be called once with
-    the references of all samples of the split before the first use.
-    """
-    return make_entry("reward", REWARDS, ("prompts", "generations", "references", "metas"), name, device, kwargs)
-
-
-def make_metric(name: str, device: str = "cpu", **kwargs) -> Callable:
-    """The metric called `name` (of METRICS, 'evaluate:NAME' or 'path/to/file.py:function'), with its options.
-
-    Returns metric(prompts, generations, references, metas, model=None, tokenizer=None) ->
-    {name: (one float per sample or None, float for the set)}. Errors and `prepare` as in make_reward.
-    """
-    if name.startswith("evaluate:"):
-        return evaluate_metric(name.removeprefix("evaluate:"), kwargs)
-    arguments = ("prompts", "generations", "references", "metas", "model", "tokenizer")
-    return make_entry("metric", METRICS, arguments, name, device, kwargs)
-
-
-def check_needs(kind: str, table: dict[str, Entry], name: str, samples) -> None:
-    """What check_reward and check_metric share."""
-    for need in table[name].needs if name in table else ():
+def check_sample(who: str, need: str, sample) -> None:
+    """UsageError if the sample has not what the reward `who` needs: references, a prompt of CommonGen, meta.KEY."""
+    if need == "references" and not sample.references:
+        raise UsageError(f"{who} compares with references, and sample {sample.id!r} has none")
+    if need == "commongen prompt" and COMMONGEN_PREFIX not in as_text(sample.prompt):
+        raise UsageError(f"{who} needs prompts with {COMMONGEN_PREFIX!r}: not so in {sample.id!r}")
+    if need.startswith("meta."):
         key = need.removeprefix("meta.")
-        for sample in samples:
-            if need == "references" and not sample.references:
-                raise UsageError(f"{kind} {name!r} compares with references, and sample {sample.id!r} has none")
-            if need == "commongen prompt" and COMMONGEN_PREFIX not in sample.prompt:
-                raise UsageError(f"{kind} {name!r} needs prompts with {COMMONGEN_PREFIX!r}: not so in {sample.id!r}")
-            if key != need and key not in sample.meta:
-                there = ", ".join(sample.meta) or "none"
-                raise UsageError(f"{kind} {name!r} needs meta[{key!r}]: {sample.id!r} has only {there}")
+        if key not in sample.meta:
+            there = ", ".join(sample.meta) or "none"
+            raise UsageError(f"{who} needs meta[{key!r}]: {sample.id!r} has only {there}")
+        right, fits = META.get(key, ("a text", lambda value: isinstance(value, str)))
+        if not fits(sample.meta[key]):
+            raise UsageError(f"{who}: meta[{key!r}] of {sample.id!r} is {sample.meta[key]!r:.60}; must be {right}")
 
 
-def check_reward(name: str, samples) -> None:
-    """UsageError if one of the samples lacks what the reward `name` works on. Loads no model."""
-    check_needs("reward", REWARDS, name, samples)
+def is_table(value) -> bool:
+    try:
+        table_lines(value)
+    except (TypeError, LookupError, AttributeError, ValueError):
+        return False
+    return True
 
 
-def check_metric(name: str, samples) -> None:
-    """UsageError if one of the samples lacks what the metric `name` works on. Loads no model."""
-    check_needs("metric", METRICS, name, samples)
+META = {
+    "intent": ("a whole number from 1 on", lambda value: type(value) is int and value >= 1),
+    "concepts": (
+        'a list of texts such as ["dog", "run"]',
+        lambda value: isinstance(value, list) and all(isinstance(concept, str) for concept in value),
+    ),
+    "raw_table": ("a table with ToTTo's keys: table, highlighted_cells, table_page_title, ...", is_table),
+}
+
+
+def check_script(who: str, need: str, samples) -> None:
+    """UsageError if less than half of the references' letters are such as the reward `who` can make words of."""
+    text = " ".join(reference for sample in samples for reference in sample.references)[:200_000]
+    letters = sum(map(str.isalnum, text))
+    if need == "latin":
+        seen, what = sum(c.isascii() and c.isalnum() for c in text), "the letters a to z and digits only"
+    else:
+        seen, what = letters - len(regex.findall(f"[{WITHOUT_SPACES}]", text)), "words between spaces"
+    if text.strip() and 2 * seen <= letters and (letters or need == "latin"):
+        ways_out = (
+            "chrf, sacrebleu with tokenize zh, ja-mecab, ko-mecab or char, rouge1 and its kin with tokenize unicode"
+        )
+        raise UsageError(f"{who} sees {what}, which the references have not, as in {samples[0].id!r}; take {ways_out}")
