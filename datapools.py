@@ -26,6 +26,7 @@ import threading
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -52,6 +53,7 @@ SPLITS = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("te
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "vocab.txt")
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a loadable copy of a dataset that has a loading script
 OWN_FILES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".json", ".json.gz")
+UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error)  # what reading a text file, gzipped or not, can raise
 ANSWER_SECONDS = 4  # a server that takes longer counts as out of reach: it must be said within ten, start included
 
 
@@ -154,10 +156,13 @@ def split_file(data: str, split: str, suffixes: tuple[str, ...] = (".jsonl", ".j
     names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in suffixes]
     for file in (folder / name for name in names):
         if file.is_file():
+            if file.suffix == ".parquet":
+                return file
             try:
-                if file.suffix == ".parquet" or any(line.strip() for line in open_text(file)):
-                    return file
-            except (OSError, EOFError, UnicodeDecodeError) as error:
+                with open_text(file) as lines:
+                    if any(line.strip() for line in lines):
+                        return file
+            except UNREADABLE as error:
                 raise UsageError(f"{file} cannot be read ({error})") from None
             raise UsageError(f"{file}: the split {split!r} is empty")
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
@@ -212,7 +217,7 @@ def open_rows(where: str, way_out: str = "", load: Callable | None = None, **sou
 
 
 def check_columns(where: str, rows, columns: dict[str, str]) -> None:
-    """UsageError if a column is missing, empty in any row, or not of its type: string, int, list, or several by "|"."""
+    """UsageError if a column is missing, empty in any row, or not of its type: string, int, list, or "" for any."""
     for column, kind in columns.items():
         if column not in rows.features:
             there = ", ".join(rows.column_names)
@@ -223,8 +228,7 @@ def check_columns(where: str, rows, columns: dict[str, str]) -> None:
         if rows.data.column(column).null_count:
             row = rows.data.column(column).is_null().to_pylist().index(True)
             raise UsageError(f"{where}: the column {column!r} is missing in row {row + 1}")
-        if not any(one in found for one in kind.split("|")):
-            kind = kind.replace("|", " or ")
+        if kind not in found:
             raise UsageError(f"{where}: the column {column!r} must be of type {kind}, and is {found}")
 
 
@@ -711,15 +715,12 @@ def read_rows(file: Path):
         raise UsageError(f"{file}, {place}: not JSON ({error.msg})") from None
     except csv.Error as error:
         raise UsageError(f"{file}, after {place}: not a table ({error})") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise UsageError(f"{file} cannot be read ({error})") from None
 
 
-def own_sample(row, where: str, number: str, prompt_column: str, references_column: str | None, cells: bool) -> Sample:
-    """The sample of a row of one's own, its id `number` unless it has one. UsageError, with `where`, if it is none.
-
-    cells: it has texts only, as CSV does.
-    """
+def own_sample(row, where: str, number: str, prompt_column: str, references_column: str | None) -> Sample:
+    """The sample of a row of one's own, its id `number` unless it has one. UsageError, with `where`, if it is none."""
     if not isinstance(row, dict):
         raise UsageError(f"{where}: not a JSON object with the key {prompt_column!r}")
     key = references_column or "references"
@@ -743,7 +744,6 @@ def own_sample(row, where: str, number: str, prompt_column: str, references_colu
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise UsageError(f"{where}: {key!r} must be a text or a list of texts")
     meta = {name: value for name, value in row.items() if name not in ("id", prompt_column, key)}
-    meta = {name: from_text(value) for name, value in meta.items()} if cells else meta
     return Sample(str(number if row.get("id") is None else row["id"]), prompt, references, meta)
 
 
@@ -751,7 +751,11 @@ def checked_rows(file: str, **columns):
     """The rows of a text file as {place, json}, each known to make a sample."""
     place = None
     for place, row in read_rows(Path(file)):
-        own_sample(row, f"{file}, {place}", "", cells=False, **columns)
+        own_sample(row, f"{file}, {place}", "", **columns)
+        if {".csv", ".tsv"} & set(Path(file).suffixes):  # cells are texts: "3" becomes a number where meta has it
+            row |= {
+                key: from_text(cell) for key, cell in row.items() if key not in {"id", "references", *columns.values()}
+            }
         text = json.dumps(row, ensure_ascii=False)
         try:
             text.encode()
@@ -827,7 +831,7 @@ def load_own(
     rows, where, is_split = open_own(path, split, parts, {"name": config, "revision": revision}, columns)
     as_text = rows.column_names == ["place", "json"]
     if not as_text:
-        check_columns(where, rows, {prompt_column: "string|list"})
+        check_columns(where, rows, {prompt_column: ""})
     row_of = range(len(rows))
     if not is_split:
         if 0 < len(rows) < 10:
@@ -836,11 +840,10 @@ def load_own(
         row_of = np.flatnonzero({"train": tenth < 8, "val": tenth == 8, "test": tenth == 9}[split])
     if len(row_of) == 0:
         raise UsageError(f"{where}: the split {split!r} is empty")
-    cells = bool({".csv", ".tsv"} & set(Path(where).suffixes))
 
     def make(row, n):
         place = f"{where}, {row['place']}" if as_text else f"{where}, row {row_of[n] + 1}"
-        return own_sample(json.loads(row["json"]) if as_text else row, place, f"{split}_{n}", cells=cells, **columns)
+        return own_sample(json.loads(row["json"]) if as_text else row, place, f"{split}_{n}", **columns)
 
     samples = Split(rows, make, row_of)
     samples[0]  # wrong columns are found before a model is loaded
@@ -916,13 +919,11 @@ def decode_responses(tokenizer, queries, responses, seq2seq: bool) -> list[str]:
     decode = partial(tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if seq2seq:
         return decode(responses)
-    befores = decode(queries)
-    wholes = decode([list(query) + list(response) for query, response in zip(queries, responses, strict=True)])
-    texts = [whole[len(before) :] for before, whole in zip(befores, wholes, strict=True)]
-    for i, (before, whole) in enumerate(zip(befores, wholes, strict=True)):
-        if not whole.startswith(before):  # the prompt was cut within a character
-            texts[i] = decode([responses[i]])[0]
-    return texts
+    wholes = decode([[*query, *response] for query, response in zip(queries, responses, strict=True)])
+    return [  # alone where the prompt was cut within a character
+        whole[len(before) :] if whole.startswith(before) else decode([response])[0]
+        for before, whole, response in zip(decode(queries), wholes, responses, strict=True)
+    ]
 
 
 def eos_ids(tokenizer, generation_config) -> list[int]:

@@ -419,7 +419,7 @@ def test_one_file_of_every_kind(name, tmp_path):
     assert list(val) == expected[8::10] and list(test) == expected[9::10]
     other = datapools.load_splits(str(file), None, {"prompt_column": "name", "references_column": "prompt"})[1][0]
     assert (other.prompt, other.references) == ("2011-05-03", [expected[8].prompt])
-    assert other.meta["references"] == (None if ".csv" in name or ".tsv" in name else "null")
+    assert other.meta == {"references": "null", "mood": 8}
 
 
 def test_rows_of_different_shapes_stay_as_they_are(tmp_path):
@@ -1020,6 +1020,10 @@ def test_bad_jsonl_files(tmp_path):
     assert "9 rows are too few" in message(load_task, str(file), "val")
     file.write_bytes(b'{"prompt": "\xff"}\n')
     assert "cannot be read" in message(load_task, str(file), "val")
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}' * 99)[:25])
+    assert "train.jsonl.gz cannot be read" in message(load_task, str(tmp_path), "train")
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b"")[:10] + b"\xff" * 20)
+    assert "train.jsonl.gz cannot be read" in message(load_task, str(tmp_path), "train")
     (tmp_path / "test.jsonl.gz").write_bytes(b"not gzipped")
     assert "test.jsonl.gz cannot be read" in message(load_task, "cnn_dm", "test", data=str(tmp_path))
     assert "names the data already" in message(load_task, str(file), "val", data=str(tmp_path))
@@ -1036,10 +1040,8 @@ def test_rewards_and_metrics_exist():
         assert len(task.reward) == len(task.reward_weights)
         assert task.reward_kwargs.keys() <= set(task.reward) and task.metric_kwargs.keys() <= set(task.metrics)
         samples = load_task(name, "val", data=None if name in ("numbers", "dates") else folder(name))
-        for reward in task.reward:
-            rewards.check_reward(reward, samples)
-        for metric in task.metrics:
-            rewards.check_metric(metric, samples)
+        rewards.checked_options("reward", task.reward, {}, task.reward_kwargs, samples)
+        rewards.checked_options("metric", task.metrics, {}, task.metric_kwargs, samples)
 
 
 @pytest.mark.parametrize(
