@@ -967,15 +967,31 @@ def model_config(name: str):
         raise UsageError(f"--model {name}: no model folder, nor to be had from the hub: {error}") from None
 
 
-def load_tokenizer(name: str):
-    """The tokenizer of a hub name or model folder. UsageError if there is none or it cannot be read."""
+def load_tokenizer(name: str, languages: tuple[str, str] | None = None):
+    """The tokenizer of a hub name or model folder. UsageError if there is none or it cannot be read.
+
+    languages: source and target of a translation model, as its tokenizer names them.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"--model {name}: its tokenizer cannot be loaded: {error}") from None
     if Path(name).is_dir() and not any(Path(name, file).exists() for file in TOKENIZER_FILES):
         raise UsageError(f"--model {name}: has no tokenizer; save_pretrained that of the model there too")
+    if languages:
+        for language in languages:
+            language_id(tokenizer, language)
+        tokenizer.src_lang, tokenizer.tgt_lang = languages
     return tokenizer
+
+
+def language_id(tokenizer, language: str) -> int:
+    """The token of a language ("de_DE" of mBART, "deu_Latn" of NLLB, "de" of M2M100); UsageError if there is none."""
+    for token in (language, f"__{language}__"):
+        if token in tokenizer.all_special_tokens or token in tokenizer.get_added_vocab():
+            return tokenizer.convert_tokens_to_ids(token)
+    known = [token for token in tokenizer.get_added_vocab() if "_" in token]
+    raise UsageError(f"--languages {language}: the tokenizer has no such language{nearest(language, known)}")
 
 
 def position_limit(config) -> float:
