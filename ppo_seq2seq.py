@@ -484,10 +484,9 @@ def value_backbone(policy):
 
 def decoder_start(config, generation_config):
     """The id that the decoder reads first: the config's, or BOS where it names none (T5Gemma)."""
-    ids = (config.decoder_start_token_id, generation_config.decoder_start_token_id, generation_config.bos_token_id)
-    return next(
-        token_id for token_id in (*ids, config.get_text_config(decoder=True).bos_token_id) if token_id is not None
-    )
+    places = (config, generation_config, config.get_text_config(decoder=True))
+    ids = [getattr(place, f"{name}_token_id", None) for name in ("decoder_start", "bos") for place in places]
+    return next(token_id for token_id in ids if token_id is not None)
 
 
 def response_pass(model, mb, **options):
