@@ -6,7 +6,8 @@ end. Names are those of the table, one's own file or folder, or a dataset of the
 
 A split is a `Split`: the texts stay in an Arrow table on disk, a sample is made when it is asked for.
 
-To add a task: write a function `load(split, data=None, **options) -> Split` and give it a line in TASKS.
+To add a task: write a function `load(split, data=None, **options)` that gives a Split, or a list of Sample where these
+are few, and a line in TASKS.
 Sources, licences, sizes and an example of each task: docs/tasks.md.
 """
 
@@ -111,7 +112,7 @@ class Task:
     """How a task is loaded and what it is trained with unless the user says otherwise. Lengths are in tokens."""
 
     load: Callable
-    """load(split, data=None, **options) -> Split; the options are what --task-kwargs may give."""
+    """load(split, data=None, **options) -> Split or list of Sample; the options are what --task-kwargs may give."""
     prompt_length: int
     """Longer prompts are truncated."""
     response_length: int
@@ -1082,17 +1083,20 @@ def load_splits(name: str, data: str | None, typed: dict[str, str], chat: bool =
     for key, text in typed.items():
         if options.get(key) in (str, str | None) and not isinstance(kwargs[key], str | None):
             kwargs[key] = text  # 2017 as the name of a config
-    splits = tuple(load_task(name, split, data, **kwargs) for split in SPLITS)
-    for split in splits if chat else ():
-        split.make = partial(as_chat, split.make)
-    return splits
+    splits = (load_task(name, split, data, **kwargs) for split in SPLITS)
+    return tuple(as_chat(split) if chat else split for split in splits)
 
 
-def as_chat(make: Callable, row: dict, n: int) -> Sample:
-    """The sample that make(row, n) gives, its prompt as the message of a user."""
-    sample = make(row, n)
-    prompt = sample.prompt
-    return replace(sample, prompt=[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+def as_chat(samples):
+    """The samples with each prompt that is a text as the message of a user."""
+
+    def message(sample):
+        prompt = sample.prompt
+        return replace(sample, prompt=[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+
+    if not isinstance(samples, Split):
+        return [message(sample) for sample in samples]
+    return Split(samples.rows, lambda row, n: message(samples.make(row, n)), samples.row_of, samples.numbers)
 
 
 NUMBERS = {"increasing_numbers": {"min_tokens": 20}}

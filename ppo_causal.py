@@ -240,7 +240,7 @@ def main():
         finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
         query_lengths, lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (prompt_ids, token_ids))  # (B,)
         batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
-        batch |= dict(query_lengths=query_lengths, lengths=lengths)
+        batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_lengths, lengths=lengths)
         sample_ended = seconds(device)
 
         # 2. score the texts, while a thread makes the passes of step 3
@@ -546,11 +546,12 @@ def micro_batches(batch, size):
 
     Yields the rows (size,) and their tensors as a namespace.
     """
+    starts, ends = batch["query_starts"], batch["query_starts"] + batch["query_lengths"]
     for rows in batch["lengths"].argsort().split(size):
-        Q, T = int(batch["query_lengths"][rows].max()), int(batch["lengths"][rows].max())
-        cuts = {"queries": slice(-Q, None), "query_mask": slice(-Q, None)}
+        prompts, responses = slice(starts[rows].min(), ends[rows].max()), slice(batch["lengths"][rows].max())
+        cuts = {"queries": prompts, "query_mask": prompts}
         part = {name: tensor[rows] for name, tensor in batch.items()}
-        yield rows, SimpleNamespace(**{n: x[:, cuts.get(n, slice(T))] if x.ndim > 1 else x for n, x in part.items()})
+        yield rows, SimpleNamespace(**{n: x[:, cuts.get(n, responses)] if x.ndim > 1 else x for n, x in part.items()})
 
 
 @torch.no_grad()

@@ -70,20 +70,26 @@ PREPARED = 4096
 # ---------------------------------------------------------------------------------------------------------------------
 # From the rewards of a run to the rewards of tokens, from its metrics to the numbers of an evaluation
 # ---------------------------------------------------------------------------------------------------------------------
+class BadReturn(ValueError):
+    """A reward or metric returned something else than it must."""
+
+
 def score_texts(reward_functions, weights, samples, generations, token_ids):
     """The weighted rewards as rewards of tokens, (B, longest response) float32, and {reward: mean over the samples}.
 
     token_ids: the ids of each response, EOS included. A sample's number goes to its last token; a list has a number for
-    each of its tokens, and counts in the mean with its sum. Raises ValueError for anything else that a reward returns.
+    each of its tokens, and counts in the mean with its sum. ValueError for anything else that a reward returns.
     """
     lengths = [len(ids) for ids in token_ids]
     token_scores, means = torch.zeros(len(samples), max(lengths)), {}
     for (name, reward), weight in zip(reward_functions.items(), weights, strict=True):
-        values = as_arrays(name, call(name, reward, samples, generations, token_ids), samples, lengths, finite=True)
+        values = as_tensors(name, call(name, reward, samples, generations, token_ids), samples, lengths)
         for i, value in enumerate(values):
+            if not value.float().isfinite().all():
+                raise BadReturn(f"{name} returned {value.tolist()!r:.60} for sample {samples[i].id}: must be finite")
             where = slice(0, lengths[i]) if value.ndim else lengths[i] - 1
-            token_scores[i, where] += torch.as_tensor(weight * value, dtype=torch.float32)
-        means[name] = float(np.mean([value.sum() for value in values]))
+            token_scores[i, where] += (weight * value).float()
+        means[name] = sum(value.sum().item() for value in values) / len(values)
     return token_scores, means
 
 
@@ -97,51 +103,39 @@ def measure(metrics, samples, generations, model, tokenizer):
     rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
     samples, row, per_sample = list(samples), {}, {}
     for name, metric in metrics.items():
-        if hasattr(metric, "rows"):
-            if hasattr(metric.rows, "prepare"):
-                metric.rows.prepare(clean_references(samples))
-            rows = sample_rows(name, metric, samples[rank::processes], generations[rank::processes], tokenizer)
-            parts = [rows] * processes
-            if together:
-                torch.distributed.all_gather_object(parts, rows)
+        shared = hasattr(metric, "rows")
+        rows = metric.rows if shared else metric
+        if hasattr(rows, "prepare"):
+            rows.prepare(clean_references(samples))
+        share = range(rank, len(samples), processes) if shared else range(len(samples) if rank == 0 else 0)
+        own, texts, found = [samples[i] for i in share], [generations[i] for i in share], None
+        if own:
+            token_ids = response_ids(texts, tokenizer) if "token_ids" in inspect.signature(rows).parameters else None
+            found = call(name, rows, own, texts, token_ids, model=model, tokenizer=tokenizer)
+            if getattr(metric, "of_reward", False):
+                found = as_tensors(name, found, own, token_ids and map(len, token_ids))
+                found = [value.sum().item() for value in found]
+        parts = [found] * processes
+        if together:
+            torch.distributed.all_gather_object(parts, found)
+        figures = parts[0]
+        if shared:
             figures = metric.combine([parts[i % processes][i // processes] for i in range(len(samples))])
-        else:
-            found = [None]
-            if rank == 0:
-                token_ids = response_ids(metric, generations, tokenizer)
-                found = [call(name, metric, samples, generations, token_ids, model=model, tokenizer=tokenizer)]
-            if together:
-                torch.distributed.broadcast_object_list(found, src=0)
-            figures = found[0]
-        for figure, (values, value) in checked_figures(name, figures, samples).items():
-            row[figure] = value
+        check_figures(name, figures, samples)
+        for figure, (values, value) in figures.items():
+            row[figure] = finite_or_none(value)
             if values is not None:
-                per_sample[figure] = values
+                per_sample[figure] = list(map(finite_or_none, values))
     return row, per_sample
 
 
-def sample_rows(name, metric, samples, generations, tokenizer) -> list:
-    """What the metric is made of, a row for each sample: a reward's values as floats, or whatever metric.rows gives."""
-    if not len(samples):
-        return []
-    token_ids = response_ids(metric.rows, generations, tokenizer)
-    rows = call(name, metric.rows, samples, generations, token_ids)
-    if not getattr(metric, "of_reward", False):
-        return rows
-    lengths = None if token_ids is None else [len(ids) for ids in token_ids]
-    return [float(value.sum()) for value in as_arrays(name, rows, samples, lengths)]
-
-
-def checked_figures(name, figures, samples) -> dict[str, tuple]:
-    """What a metric returned, as Python's floats; ValueError if that is something else."""
+def check_figures(name, figures, samples) -> None:
+    """BadReturn if that is not what a metric must return."""
     if not isinstance(figures, dict) or not all(isinstance(p, tuple) and len(p) == 2 for p in figures.values()):
-        raise ValueError(f"{name} returned {figures!r:.60}: must be {{name: (values of samples or None, value)}}")
-    result = {}
-    for figure, (values, value) in figures.items():
+        raise BadReturn(f"{name} returned {figures!r:.60}: must be {{name: (values of samples or None, value)}}")
+    for figure, (values, _) in figures.items():
         if values is not None and len(values) != len(samples):
-            raise ValueError(f"{name}: {figure} has {len(values)} values for {len(samples)} samples")
-        result[figure] = (None if values is None else list(map(finite_or_none, values)), finite_or_none(value))
-    return result
+            raise BadReturn(f"{name}: {figure} has {len(values)} values for {len(samples)} samples")
 
 
 def finite_or_none(number) -> float | None:
@@ -181,48 +175,31 @@ def call(name, scorer, samples, generations, token_ids=None, **others):
         raise
 
 
-def as_arrays(name, values, samples, lengths=None, finite=False) -> list[np.ndarray]:
-    """A reward's values of samples, each () or (its response's tokens,); ValueError for anything else.
+def as_tensors(name, values, samples, lengths=None) -> list[torch.Tensor]:
+    """A reward's values of samples, float64 of shape () or (its response's tokens,); BadReturn for anything else.
 
-    values: list, array or tensor, on any device. lengths: tokens of the responses, None where there are no tokens.
+    values: list, array or tensor, on any device. lengths: tokens of the responses; without, there are no tokens.
     """
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
     if isinstance(values, str | dict) or not hasattr(values, "__len__") or getattr(values, "ndim", 1) == 0:
-        raise ValueError(f"{name} returned {values!r:.60}: must be a list of {len(samples)} numbers")
+        raise BadReturn(f"{name} returned {values!r:.60}: must be a list of {len(samples)} numbers")
     if len(values) != len(samples):
-        raise ValueError(f"{name} returned {len(values)} values for {len(samples)} samples")
-    arrays = []
-    for i, value in enumerate(values):
-        array, shapes = as_array(value), [()] if lengths is None else [(), (lengths[i],)]
-        with np.errstate(over="ignore", invalid="ignore"):
-            good = array.dtype.kind in "biuf" and array.shape in shapes
-            good = good and not (finite and not np.isfinite(array.astype(np.float32)).all())
-        if not good:
-            tokens = "" if lengths is None else f", or a list of one for each of the response's {lengths[i]} tokens"
-            raise ValueError(
-                f"{name} returned {value!r:.60} for sample {samples[i].id}: must be a finite number{tokens}"
-            )
-        arrays.append(array.astype(np.float64))
-    return arrays
+        raise BadReturn(f"{name} returned {len(values)} values for {len(samples)} samples")
+    lengths, tensors = [None] * len(samples) if lengths is None else list(lengths), []
+    for value, sample, length in zip(values, samples, lengths, strict=True):
+        try:
+            tensors.append(torch.as_tensor(value, dtype=torch.float64, device="cpu").detach())
+        except (TypeError, ValueError, RuntimeError):  # a text, None, a ragged list
+            tensors.append(torch.empty(0, 0))
+        if tensors[-1].shape not in ((), (length,)):
+            tokens = "" if length is None else f", or a list of one for each of the response's {length} tokens"
+            raise BadReturn(f"{name} returned {value!r:.60} for sample {sample.id}: must be a number{tokens}")
+    return tensors
 
 
-def as_array(value) -> np.ndarray:
-    """A number, list, array or tensor as an array; one of objects if it is no such thing."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().double().numpy()
-    if isinstance(value, list | tuple):
-        value = [item.item() if isinstance(item, torch.Tensor) and item.ndim == 0 else item for item in value]
-    try:
-        return np.asarray(value)
-    except (ValueError, RuntimeError):  # a ragged list
-        return np.asarray(None)
-
-
-def response_ids(scorer, texts, tokenizer) -> list[list[int]] | None:
-    """The texts' token ids, for a scorer that takes token_ids where no response is at hand; None for any other."""
-    if "token_ids" not in inspect.signature(scorer).parameters:
-        return None
+def response_ids(texts, tokenizer) -> list[list[int]]:
+    """The texts' token ids, where no sampled response is at hand."""
     return [list(tokenizer(clean(text), add_special_tokens=False).input_ids) or [0] for text in texts]
 
 
@@ -425,27 +402,15 @@ def ngram_counts(words, max_order: int = 4) -> list[Counter]:
     return [Counter(ngrams(words, order)) for order in range(1, max_order + 1)]
 
 
-@lru_cache(maxsize=PREPARED)
-def bleu_references(references: tuple[str, ...]) -> tuple[list[Counter], int]:
-    """For each order the most often that one reference has each n-gram; and the shortest reference's length."""
-    words = [reference.split() for reference in references]
-    most = [Counter() for _ in range(4)]
-    for reference in words:
-        for order, counts in enumerate(ngram_counts(reference)):
-            most[order] |= counts
-    return most, min(map(len, words))
-
-
 def bleu_statistics(generation: str, references: list[str]) -> np.ndarray:
     """Matches and n-grams of orders 1 to 4, length, and shortest reference's length: (10,) counts."""
-    words = generation.split()
-    most, shortest = bleu_references(tuple(references))
-    matches = [
-        sum(min(count, limit[ngram]) for ngram, count in counts.items() if ngram in limit)
-        for counts, limit in zip(ngram_counts(words), most, strict=True)
-    ]
+    words, others = generation.split(), [reference.split() for reference in references]
+    most = [Counter() for _ in range(4)]  # the most often that one reference has each n-gram
+    for other in others:
+        most = [best | counts for best, counts in zip(most, ngram_counts(other), strict=True)]
+    matches = [(counts & best).total() for counts, best in zip(ngram_counts(words), most, strict=True)]
     totals = [max(len(words) - order, 0) for order in range(4)]
-    return np.array([*matches, *totals, len(words), shortest])
+    return np.array([*matches, *totals, len(words), min(map(len, others))])
 
 
 def bleu_from(statistics: np.ndarray) -> float:
@@ -1683,16 +1648,15 @@ def make_rewards(names, typed, defaults, samples, tokenizer, device, separator) 
     one text, reach those that have such a parameter. UsageError, one line, for all that cannot work.
     """
     rewards = {}
+    few = list(islice(samples, 4))
     for name, options in checked_options("reward", names, typed, defaults, samples).items():
-        reward = rewards[name] = make_reward(name, device, separator, **options)
-        if hasattr(reward, "prepare"):
-            reward.prepare(clean_references(samples))
-        few, texts = first_samples(samples)
-        token_ids = response_ids(reward, texts, tokenizer)
-        values = call(name, reward, few, texts, token_ids)
+        rewards[name] = make_reward(name, device, separator, **options)
+        if hasattr(rewards[name], "prepare"):
+            rewards[name].prepare(clean_references(samples))
         try:
-            as_arrays(name, values, few, None if token_ids is None else list(map(len, token_ids)), finite=True)
-        except ValueError as error:
+            texts = trial_texts(few)
+            score_texts({name: rewards[name]}, [1.0], few, texts, response_ids(texts, tokenizer))
+        except BadReturn as error:
             raise UsageError(f"reward {error}") from None
     return rewards
 
@@ -1702,32 +1666,26 @@ def make_metrics(names, typed, defaults, samples, tokenizer, device, separator) 
     rewards as well: then the metric is the mean. Arguments and errors as in make_rewards; samples: what is evaluated.
     """
     metrics = {}
+    few = list(islice(samples, 4))
     for name, options in checked_options("metric", names, typed, defaults, samples).items():
-        metric = make_metric(name, device, separator, **options)
-        if "model" not in inspect.signature(metric).parameters:  # the policy is not there yet
-            few, texts = first_samples(samples)
-            rows = getattr(metric, "rows", metric)
-            if hasattr(rows, "prepare"):
-                rows.prepare(clean_references(few))
-            token_ids = response_ids(rows, texts, tokenizer)
-            values = call(name, rows, few, texts, token_ids, tokenizer=tokenizer)
-            if is_own(name) and not isinstance(values, dict):
-                metric = mean_of(name.rpartition(":")[2], metric)
-            try:
-                if getattr(metric, "of_reward", False):
-                    as_arrays(name, values, few, None if token_ids is None else list(map(len, token_ids)))
-                elif metric is rows:
-                    checked_figures(name, values, few)
-            except ValueError as error:
-                raise UsageError(f"metric {error}") from None
-        metrics[name] = metric
+        metric = metrics[name] = make_metric(name, device, separator, **options)
+        if "model" in inspect.signature(metric).parameters:
+            continue  # the policy is not there yet
+        texts = trial_texts(few)
+        if is_own(name):
+            values = call(name, metric, few, texts, response_ids(texts, tokenizer), tokenizer=tokenizer)
+            if not isinstance(values, dict):
+                metrics[name] = mean_of(name.rpartition(":")[2], metric)
+        try:
+            measure({name: metrics[name]}, few, texts, None, tokenizer)
+        except BadReturn as error:
+            raise UsageError(f"metric {error}") from None
     return metrics
 
 
-def first_samples(samples) -> tuple[list, list[str]]:
-    """A few samples and texts to try a reward with: references where there are any, else the prompts."""
-    few = list(islice(samples, 4))
-    return few, [sample.references[0] if sample.references else as_text(sample.prompt) for sample in few]
+def trial_texts(samples) -> list[str]:
+    """Texts to try a reward with: references where there are any, else the prompts."""
+    return [sample.references[0] if sample.references else as_text(sample.prompt) for sample in samples]
 
 
 def make_reward(name: str, device: str = "cpu", separator: str = "", **options) -> Callable:

@@ -1,7 +1,7 @@
 """What an iteration of each script costs beside the model passes that its algorithm cannot avoid.
 
     OMP_NUM_THREADS=1 python benchmarks/throughput.py --shape causal-base --scripts ppo_causal nlpo_causal a2c
-    python benchmarks/throughput.py --shape seq2seq-small --scaling
+    python benchmarks/throughput.py --shape seq2seq-small --scaling processes batch length
     python benchmarks/throughput.py --gpu
 
 In turns, in one process: an iteration of the real script (its main, run by runpy on a model of random weights and a
@@ -365,25 +365,23 @@ def report(options, script, name, folder):
 
 
 def report_scaling(options, script, name, folder):
-    """Two processes against one; cost per token of a batch 8 times as large; sampling against response length."""
-
-    def run(**more):
-        result = measure(options, "script", script, name, folder, **more)
-        return {part: median(spans, 0) for part, spans in result["script"].items()}, result
-
+    """Two processes against one; a batch 8 times as large; sampling against response length: those that are wanted."""
     shape = shape_of(name, options)
     tokens = shape["batch_size"] * shape["response_length"]
     options.threads = options.threads or 1
-    turns = [(run()[0]["iteration"], run(processes=2)[0]["iteration"]) for _ in range(2)]
-    one, two = (min(seconds) for seconds in zip(*turns, strict=True))
-    print(f"\n{script} at {name}: 1 process {tokens / one:.1f} tokens/s, 2 {tokens / two:.1f}: {one / two:.2f}x")
-    (small, small_result), (large, large_result) = run(), run(batch_times=8, iterations=2)
-    cpu = [median(r["script"]["iteration"], 1) / n / tokens * 1000 for r, n in ((small_result, 1), (large_result, 8))]
-    print(f"CPU ms per token: {cpu[0]:.3f}; of 8 times the batch {cpu[1]:.3f}: {cpu[1] / cpu[0]:.2f}x", end="; ")
-    print(f"by the clock {large['iteration'] / small['iteration'] / 8:.2f}x")
-    memory = small_result["memory"], large_result["memory"]
-    print(f"peak GiB: {memory[0]:.2f}; with 8 times the batch {memory[1]:.2f}: {memory[1] / memory[0]:.2f}x")
-    for times in (1, 2, 4):
+    print(f"\n{script} at {name}")
+    if "processes" in options.scaling:
+        one, two = (measure(options, "script", script, name, folder, processes=n)["script"] for n in (1, 2))
+        for part in PARTS:
+            seconds = [median(result[part], 0) for result in (one, two)]
+            print(f"{part:<10} 1 process {seconds[0]:8.3f} s, 2 {seconds[1]:8.3f} s: {seconds[0] / seconds[1]:.2f}x")
+    if "batch" in options.scaling:
+        small, large = (measure(options, "script", script, name, folder, batch_times=n) for n in (1, 8))
+        cpu = [median(r["script"]["iteration"], 1) / n / tokens * 1000 for r, n in ((small, 1), (large, 8))]
+        print(f"CPU ms per token: {cpu[0]:.3f}; of 8 times the batch {cpu[1]:.3f}: {cpu[1] / cpu[0]:.2f}x")
+        memory = small["memory"], large["memory"]
+        print(f"peak GiB: {memory[0]:.3f}; with 8 times the batch {memory[1]:.3f}: {memory[1] / memory[0]:.3f}x")
+    for times in (1, 2, 4) if "length" in options.scaling else ():
         length = shape["response_length"] * times // 4
         result = measure(options, "script", script, name, folder, response_length=length)["script"]["sample"]
         print(f"sampling {length} tokens: {median(result, 1) / length * 1000:.2f} CPU ms per step")
@@ -402,7 +400,12 @@ def main():
     for name in ("batch-size", "response-length", "update-epochs", "minibatch"):
         parser.add_argument(f"--{name}", type=int, default=0, help="0: the shape's")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure peak memory")
-    parser.add_argument("--scaling", action="store_true", help="processes, batch size and response length instead")
+    parser.add_argument(
+        "--scaling",
+        nargs="+",
+        choices=("processes", "batch", "length"),
+        help="instead: 2 processes against 1, 8 times the batch, sampling against response length",
+    )
     parser.add_argument("--gpu", action="store_true", help="PPO and NLPO in bf16 with and without compile")
     parser.add_argument("--folder", default=str(Path(__file__).resolve().parent.parent), help="where the scripts are")
     for name in ("worker", "worker-folder"):  # what `measure` says to `work`

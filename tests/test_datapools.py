@@ -507,6 +507,8 @@ def test_chat_makes_messages_of_texts(tmp_path):
     train, val, test = datapools.load_splits(str(tmp_path / "a.jsonl"), None, {}, chat=True)
     assert [sample.prompt for sample in train[1:3]] == [[{"role": "user", "content": f"p{i}"}] for i in (1, 2)]
     assert val[0].prompt == [{"role": "user", "content": "p8"}] and test[0].prompt == chat
+    as_list = datapools.as_chat([Sample("0", "p", ["r"], {}), test[0]])  # as a task of one's own may load
+    assert as_list == [Sample("0", [{"role": "user", "content": "p"}], ["r"], {}), test[0]]
 
 
 # A split

@@ -12,6 +12,7 @@ import tiny_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import rewards
 from datapools import UsageError
 from rewards import METRICS, REWARDS, make_metric, make_reward
 
@@ -31,6 +32,7 @@ METAS = [{"raw_table": table, "concepts": ["Dog", "", "cat"], "intent": 2} for t
 UNBOUNDED = math.inf
 RANGES = {"ter": (-UNBOUNDED, 1), "bleurt": (-UNBOUNDED, UNBOUNDED), "cider": (0, 10), "bertscore": (-1, 1)}
 RANGES |= {"spider": (0, 5.5), "intent": (0, 2), "repeat_penalty": (-1, 0), "summac_zs": (-1, 1)}
+RANGES |= {"reward_model": (-UNBOUNDED, UNBOUNDED)}
 METRIC_RANGES = {**RANGES, "ter": (0, UNBOUNDED), "perplexity": (0, UNBOUNDED), "intent": (0, 1)}
 WITHOUT_JAVA = {"spice", "spider"}  # their program is not there in most places: see test_rewards_learned.py
 
@@ -47,8 +49,10 @@ def options(tmp_path_factory):
     torch.save({**conv, "layer_final.weight": torch.ones(2, 3), "layer_final.bias": torch.zeros(2)}, root / "conv.bin")
     return {
         "sentiment": {"model": tiny_models.save_roberta(root / "roberta")},
+        "classifier": {"model": four, "label": "c"},
         "intent": {"model": four},
         "bleurt": {"model": tiny_models.save_bert(root / "one", ["score"])},
+        "reward_model": {"model": str(root / "one")},
         "bertscore": {"model_type": four, "num_layers": 1},
         "commongen_preference": {"model": tiny_models.save_t5(root / "t5"), "concept_coef": 0.5, "meteor_coef": 0.0},
         "summac_zs": {"model": nli},
@@ -60,7 +64,7 @@ def options(tmp_path_factory):
 def scorers(options):
     """All rewards and metrics, made once: (kind, name) -> callable."""
     made = {("reward", name): make_reward(name, **options.get(name, {})) for name in set(REWARDS) - WITHOUT_JAVA}
-    made |= {("metric", name): make_metric(name, **options.get(name, {})) for name in set(METRICS) - WITHOUT_JAVA}
+    made |= {("metric", name): make_metric(name, **options.get(name, {})) for name in METRICS}
     return made
 
 
@@ -76,7 +80,8 @@ def check(scorers, kind, name, prompts, generations, references):
         low, high = RANGES.get(name, (0, 1))
         assert all(math.isfinite(score) and low - 1e-6 <= score <= high + 1e-6 for score in scores), scores
         return
-    result = scorer(prompts, generations, references, metas, model=MODEL, tokenizer=TOKENIZER)
+    policy = {"model": MODEL, "tokenizer": TOKENIZER} if name == "perplexity" else {}
+    result = scorer(prompts, generations, references, metas, **policy)
     low, high = METRIC_RANGES.get(name, (-1e-6, UNBOUNDED) if name == "diversity" else (0, 1))
     for key, (scores, value) in result.items():
         least = -UNBOUNDED if "cond_entropy" in key else low
@@ -112,7 +117,7 @@ HOSTILE = [
     "line one.\nline two.\n\nline three.",
 ]
 NAMES = [("reward", name) for name in sorted(set(REWARDS) - WITHOUT_JAVA)]
-NAMES += [("metric", name) for name in sorted(set(METRICS) - WITHOUT_JAVA)]
+NAMES += [("metric", name) for name in sorted(METRICS)]
 
 
 @pytest.mark.parametrize("kind, name", NAMES)
@@ -235,10 +240,8 @@ def test_missing_package(monkeypatch, name, module, words):
         make_reward(name)
 
 
-def test_missing_word_lists(monkeypatch):
-    import rewards
-
-    rewards.irregular_forms.cache_clear()
+def test_missing_py_rouge(monkeypatch):
+    rewards.py_rouge.cache_clear()
     monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install py-rouge"):
         make_reward("rouge_l_max")
