@@ -1077,3 +1077,6 @@ def test_docs_say_what_the_table_says():
         assert all(reward in settings for reward in task.reward)
         assert " ".join(task.metrics) in settings or "as wmt16" in settings
         assert all(option in settings for option in datapools.task_options(task.load))
+    own = text[text.index("## Your own texts") :]
+    assert all(f"`{option}`" in own for option in datapools.task_options(get_task("org/data").load))
+    assert all(ending in own for ending in datapools.OWN_FILES if not ending.endswith(".gz"))
