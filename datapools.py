@@ -149,7 +149,7 @@ def open_text(file: Path):
     return opened(file, "rt", encoding="utf-8-sig", newline="")
 
 
-def split_file(data: str, split: str, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz")) -> Path:
+def split_file(data: str, split: str, suffixes: tuple[str, ...]) -> Path:
     """The file of a split in the folder `data`, under any name that the split goes by. UsageError if there is none."""
     folder = Path(data)
     if not folder.is_dir():
@@ -198,7 +198,9 @@ def offline_if_unreachable() -> None:
 def hub_or_folder(split: str, data: str | None, **hub) -> dict:
     """The arguments of load_dataset: `hub`'s, or with `data` those of the split's file in that folder."""
     if data is not None:
-        return {"path": "json", "data_files": {split: str(split_file(data, split))}, "split": split}
+        file = split_file(data, split, (".jsonl", ".jsonl.gz", ".parquet"))
+        kind = "parquet" if file.suffix == ".parquet" else "json"
+        return {"path": kind, "data_files": {split: str(file)}, "split": split}
     offline_if_unreachable()
     return {**hub, "split": SPLITS[split][0]}
 
@@ -957,6 +959,11 @@ def describe_lengths(tokenizer, samples, max_length: int, response_length: int) 
 
 def model_config(name: str):
     """The config of a hub name or model folder. UsageError if it cannot be had, or is of an adapter alone."""
+    if name == "scratch":
+        raise UsageError(
+            "--model: this task has no model on the hub; make a small one by `python supervised.py --task numbers "
+            "--run-dir runs/sft` (decoder-only: --policy-type causal), and start from it by --model runs/sft/model"
+        )
     if not Path(name).exists():
         offline_if_unreachable()
     if Path(name, "adapter_config.json").exists():
