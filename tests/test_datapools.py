@@ -796,6 +796,13 @@ def test_the_hub_is_asked_for(task, split, asked, monkeypatch, online):
     assert asked.items() <= calls[0].items()
 
 
+@pytest.mark.parametrize("task", ["imdb", "commongen", "totto", "wmt16", "daily_dialog"])
+def test_the_hubs_files_in_a_folder(task, tmp_path):
+    """--data FOLDER with Parquet, as the hub has them, gives the same samples."""
+    datasets.Dataset.from_list(rows_of(task, "train.jsonl")).to_parquet(tmp_path / "train.parquet")
+    assert load_task(task, "train", data=str(tmp_path)) == load(task, "train")
+
+
 # Errors
 
 
