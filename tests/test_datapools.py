@@ -337,6 +337,8 @@ def test_crd3():
         meta={},
     )
     assert load("crd3", "val", max_context=1)[4].prompt == "LENA: 13.\nMARTA: "
+    second_game = next(sample for sample in train if sample.id == "train_ep_1_turn_2")
+    assert second_game.prompt.count("\n") == 2  # nothing of the game before
 
 
 def test_crd3_from_its_archive():
