@@ -190,7 +190,7 @@ def as_tensors(name, values, samples, lengths=None) -> list[torch.Tensor]:
     for value, sample, length in zip(values, samples, lengths, strict=True):
         try:
             tensors.append(torch.as_tensor(value, dtype=torch.float64, device="cpu").detach())
-        except (TypeError, ValueError, RuntimeError):  # a text, None, a ragged list
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # a text, None, a ragged list
             tensors.append(torch.empty(0, 0))
         if tensors[-1].shape not in ((), (length,)):
             tokens = "" if length is None else f", or a list of one for each of the response's {length} tokens"
@@ -1122,7 +1122,7 @@ def reward_model(
     )
     length, chat = shortened(length, max_length, "reward_model"), tokenizer.chat_template is not None
     if scorer.config.num_labels != 1:
-        labels = ", ".join(map(str, scorer.config.label2id))
+        labels = ", ".join(map(str, scorer.config.id2label.values()))
         raise UsageError(f"reward_model: {model!r} has the labels {labels}, not one output; take classifier for it")
     if clip is not None and not clip > 0:
         raise UsageError(f"reward_model: clip must be above 0, not {clip}")

@@ -1,25 +1,32 @@
 """Rewards and metrics against the values of the original implementations, other oracles, and hostile texts."""
 
+import inspect
 import itertools
 import json
 import math
 import os
 import random
+import re
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import nltk
+import numpy as np
 import pytest
 import sacrebleu
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocoevalcap.cider.cider import Cider as PycocoCider
 from rouge_score.rouge_scorer import RougeScorer
 
 import rewards
-from datapools import UsageError
-from rewards import make_metric, make_metrics, make_reward, make_rewards
+from datapools import Sample, UsageError
+from rewards import make_metric, make_metrics, make_reward, make_rewards, measure, score_texts
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_rewards.json").read_text())
 SAMPLES = GOLDEN["samples"]
@@ -448,3 +455,519 @@ def test_a_set_of_one_sample_has_its_value():
         for i in (0, 3, 5, 6, 8, 12, 13, 19):  # without a match of four words, empty, one word, ...
             ((score,), value) = metric(*only([i]))[name]
             assert value == pytest.approx(score, abs=1e-12)
+
+
+# ---- from rewards to tokens, from metrics to figures ----------------------------------------------------------------
+ROWS = [Sample(f"s{i}", f"prompt {i}", [f"the dog {i} went home to its old house"], {"gold": i}) for i in range(7)]
+IDS = [[5, 1], [5, 6, 7, 1], [1], [5, 1], [5, 1], [5, 6, 1], [5, 1]]
+GENERATIONS = [f"a dog {i} went to its house" + " again" * i for i in range(7)]
+
+
+def constant(value):
+    return lambda prompts, generations, references, metas: value
+
+
+@pytest.mark.parametrize(
+    "make", [list, np.array, torch.tensor, lambda x: torch.tensor(x, requires_grad=True).bfloat16()]
+)
+def test_a_number_goes_to_the_last_token(make):
+    scores, means = score_texts({"a": constant(make([1.0, 2, 3, 4, 5, 6, 7]))}, [0.5], ROWS, GENERATIONS, IDS)
+    assert scores.dtype == torch.float32 and scores.shape == (7, 4) and not scores.requires_grad
+    expected = torch.zeros(7, 4)
+    for i, ids in enumerate(IDS):
+        expected[i, len(ids) - 1] = 0.5 * (i + 1)
+    assert torch.equal(scores, expected)
+    assert means == {"a": 4.0}
+
+
+def numbered(prompts, generations, references, metas, token_ids, scale=1):
+    """A reward of tokens, which cannot know the tokens from the texts."""
+    return [[scale * (place + 1) for place in range(len(ids))] for ids in token_ids]
+
+
+def test_a_list_goes_to_the_tokens():
+    as_tensor = lambda *texts, token_ids: [torch.tensor(row, requires_grad=True) + 0.0 for row in rows(token_ids)]  # noqa
+    as_tensor.__signature__ = inspect.signature(numbered)
+    rows = lambda token_ids: [[float(place + 1) for place in range(len(ids))] for ids in token_ids]  # noqa: E731
+    for reward in (numbered, as_tensor):
+        scores, means = score_texts({"t": reward, "n": constant([1.0] * 7)}, [2.0, 1.0], ROWS, GENERATIONS, IDS)
+        assert scores[1].tolist() == [2, 4, 6, 9] and scores[2].tolist() == [3, 0, 0, 0]
+        assert means["t"] == pytest.approx((3 + 10 + 1 + 3 + 3 + 6 + 3) / 7) and means["n"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (None, "returned None: must be a list of 7 numbers"),
+        ({"a": 1}, "must be a list of 7 numbers"),
+        ("abcdefg", "must be a list of 7 numbers"),
+        (torch.tensor(1.0), "must be a list of 7 numbers"),
+        ([1.0] * 6, "returned 6 values for 7 samples"),
+        ([1.0] * 3 + [math.nan] + [1.0] * 3, "returned nan for sample s3: must be finite"),
+        ([1.0] * 3 + [1e39] + [1.0] * 3, "returned 1e.39 for sample s3: must be finite"),  # inf as a float32
+        ([[1.0, math.inf]] + [1.0] * 6, "for sample s0: must be finite"),
+        ([1.0, "good"] + [1.0] * 5, "returned 'good' for sample s1: must be a number, or .* response's 4 tokens"),
+        ([1.0, None] + [1.0] * 5, "returned None for sample s1"),
+        ([1.0, [1.0, 2.0]] + [1.0] * 5, r"returned \[1.0, 2.0\] for sample s1: .* one for each of .* 4 tokens"),
+        ([1.0, [1.0, [2.0], 1, 1]] + [1.0] * 5, "for sample s1"),
+        (np.ones((7, 4)), "for sample s0"),
+    ],
+)
+def test_what_a_reward_must_not_return(value, words):
+    with pytest.raises(ValueError, match=f"(?s)^own .*{words}"):
+        score_texts({"own": constant(value)}, [1.0], ROWS, GENERATIONS, IDS)
+
+
+def test_a_reward_that_fails_names_the_sample():
+    def fails(prompts, generations, references, metas, token_ids):
+        assert len(token_ids) == len(metas) and all(type(ids) is list for ids in token_ids)
+        return [1 / (meta["gold"] - 4) for meta in metas]
+
+    with pytest.raises(ZeroDivisionError) as error:
+        score_texts({"own": fails}, [1.0], ROWS, GENERATIONS, IDS)
+    assert error.value.__notes__ == [f"raised by own of the sample s4, whose generation is {GENERATIONS[4]!r}"]
+    assert error.traceback[-1].name == "<listcomp>" or error.traceback[-1].name == "fails"
+
+    def fails_together(prompts, generations, references, metas):
+        return [1 / (len(metas) - 7)]
+
+    with pytest.raises(ZeroDivisionError) as error:
+        score_texts({"own": fails_together}, [1.0], ROWS, GENERATIONS, IDS)
+    assert error.value.__notes__ == ["raised by own of the samples s0, s1, s2, s3, s4, ..."]
+
+
+def test_metrics_become_figures(tmp_path):
+    (tmp_path / "figures.py").write_text(
+        "import numpy as np\n"
+        "def odd(prompts, generations, references, metas):\n"
+        "    values = np.array([np.nan] + [1.5] * (len(metas) - 1))\n"
+        "    return {'odd': (values, np.float32('inf')), 'n': (None, len(metas))}\n"
+        "def short(prompts, generations, references, metas):\n"
+        "    return {'short': ([1.0], 1.0)}\n"
+        "def knows(prompts, generations, references, metas, model, tokenizer):\n"
+        "    return {'model': (None, model + len(tokenizer('a b').input_ids))}\n"
+        "def nan(prompts, generations, references, metas):\n"
+        "    return [float('nan')] + [1.0] * (len(metas) - 1)\n"
+        "def share(prompts, generations, references, metas, token_ids):\n"
+        "    return [[0.5] * len(ids) for ids in token_ids]\n"
+    )
+    names = [f"{tmp_path / 'figures.py'}:{name}" for name in ("odd", "knows", "nan", "share")]
+    metrics = metrics_of(*names, "bleu", "rouge_combined", "diversity", samples=ROWS)
+    assert list(metrics) == [*names, "bleu", "rouge_combined", "diversity"]
+    row, per_sample = measure(metrics, ROWS, GENERATIONS, 40, tokenizer)
+    json.dumps([row, per_sample], allow_nan=False)
+    assert row["odd"] is None and row["n"] == 7.0 and row["nan"] is None and row["model"] == 45.0
+    assert per_sample["odd"] == [None] + [1.5] * 6 and per_sample["nan"] == [None] + [1.0] * 6
+    assert per_sample["share"] == [len(text.split()) for text in GENERATIONS]  # half a point for each of two tokens
+    assert row["bleu"] == make_metric("bleu")(*columns_of(ROWS, GENERATIONS))["bleu"][1]
+    assert per_sample["rouge_combined"] == make_reward("rouge_combined")(*columns_of(ROWS, GENERATIONS))
+    assert row["rouge_combined"] == pytest.approx(np.mean(per_sample["rouge_combined"]))
+    assert "diversity_metrics/msttr-100" in row and "n" not in per_sample
+    with pytest.raises(UsageError, match=r"figures.py:short: short has 1 values for 4 samples"):
+        metrics_of(f"{tmp_path / 'figures.py'}:short", samples=ROWS)
+
+
+def columns_of(samples, generations):
+    return ([s.prompt for s in samples], generations, [s.references for s in samples], [s.meta for s in samples])
+
+
+DISTRIBUTED = """
+import datetime, json, os, sys
+import torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_rewards import GENERATIONS, ROWS, metrics_of, tokenizer
+from rewards import measure
+
+names = sys.argv[2:]
+metrics = metrics_of(*names, samples=ROWS)
+if "RANK" in os.environ:
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+rank = os.environ.get("RANK", "alone")
+seen = open(f"{{sys.argv[1]}}/seen{{rank}}", "w").close()
+result = measure(metrics, ROWS, GENERATIONS, None, tokenizer)
+open(f"{{sys.argv[1]}}/result{{rank}}", "w").write(json.dumps(result))
+"""
+
+
+def test_figures_are_the_same_for_any_number_of_processes(tmp_path):
+    """Seven samples on three processes; no process scores more than its share with a reward."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import os, sys\n"
+        "def counted(prompts, generations, references, metas):\n"
+        "    with open(f\"{sys.argv[1]}/seen{os.environ.get('RANK', 'alone')}\", 'a') as file:\n"
+        "        file.write(' '.join(str(meta['gold']) for meta in metas) + '\\n')\n"
+        "    return [len(text) / 100 for text in generations]\n"
+    )
+    script = tmp_path / "script.py"
+    tests = Path(__file__).parent
+    script.write_text(DISTRIBUTED.format(root=str(tests.parent), tests=str(tests)))
+    names = [f"{own}:counted", "rouge", "bleu", "sacrebleu", "chrf", "ter", "meteor", "cider", "diversity"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    for prefix in ([], launch):
+        done = subprocess.run(
+            [sys.executable, *prefix, str(script), str(tmp_path), *names], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    row, per_sample = json.loads((tmp_path / "resultalone").read_text())
+    for rank in range(3):
+        other, other_per_sample = json.loads((tmp_path / f"result{rank}").read_text())
+        assert other == pytest.approx(row, abs=1e-12)
+        assert other_per_sample == per_sample
+        share = " ".join(map(str, range(rank, 7, 3)))
+        assert (tmp_path / f"seen{rank}").read_text().split("\n")[-2] == share
+    assert len(per_sample["counted"]) == 7 and 0 < row["cider"] < 10
+
+
+class Endless(Sequence):
+    """A split too long to be looked at as a whole."""
+
+    def __init__(self, length):
+        self.length, self.looked_at = length, set()
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        if i >= self.length:
+            raise IndexError(i)
+        self.looked_at.add(i)
+        return Sample(f"s{i}", "p", [f"the dog {i % 50} went home"], {})
+
+
+def test_a_long_split_is_looked_at_in_part():
+    samples = Endless(4_500_000)
+    rewards_of("rouge1", "increasing_numbers", samples=samples)
+    assert 4 <= len(samples.looked_at) <= 2000 < samples.length
+    missing = Endless(999)
+    missing.__class__ = type("", (Endless,), {"__getitem__": lambda self, i: Sample(f"s{i}", "", ["r"][: i < 900], {})})
+    missing.length = 999
+    with pytest.raises(UsageError, match="sample 's900' has none"):
+        rewards_of("rouge1", samples=missing)
+
+
+def test_cider_is_prepared_with_the_whole_split():
+    samples = Endless(300)
+    cider = rewards_of("cider", samples=samples)["cider"]
+    assert len(samples.looked_at) == 300
+    expected = make_reward("cider")
+    expected.prepare([sample.references for sample in samples])
+    batch = (["p"] * 2, ["the dog 1 went", "home"], [["the dog 1 went home"], ["the cat"]], [{}] * 2)
+    assert cider(*batch) == expected(*batch) != make_reward("cider")(*batch)
+
+
+# ---- one's own file -------------------------------------------------------------------------------------------------
+OWN = """
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from neighbour_of_mine import WEIGHT
+
+with open(Path(__file__).with_name("executed"), "a") as file:
+    file.write(f"{os.getpid()} ")
+
+
+@dataclasses.dataclass
+class Part:
+    value: float
+
+
+def part_of(text: str) -> Part:
+    return Part(WEIGHT * len(text))
+
+
+def in_processes(prompts, generations, references, metas):
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return [part.value for part in pool.map(part_of, generations)]
+
+
+def in_time(prompts, generations, references, metas):
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(5)
+    parts = [pickle.loads(pickle.dumps(part_of(text))) for text in generations]
+    signal.alarm(0)
+    return [part.value for part in parts]
+"""
+
+
+@pytest.fixture
+def modules():
+    """What a test imports is forgotten after it."""
+    names, path = set(sys.modules), list(sys.path)
+    yield
+    for name in set(sys.modules) - names:
+        if not name.startswith(("torch", "transformers")):
+            del sys.modules[name]
+    sys.path[:] = path
+
+
+def test_ones_own_file_is_imported_as_python_would(tmp_path, modules):
+    (tmp_path / "neighbour_of_mine.py").write_text("WEIGHT = 2.0\n")
+    (tmp_path / "own_of_mine.py").write_text(OWN)
+    names = [f"{tmp_path}/own_of_mine.py:{name}" for name in ("in_processes", "in_time")]
+    rewards = rewards_of(*names, samples=ROWS)
+    metrics = metrics_of(*names, samples=ROWS)
+    assert sys.modules["own_of_mine"].in_time is rewards[names[1]]
+    _, means = score_texts(rewards, [1.0, 1.0], ROWS, GENERATIONS, IDS)
+    expected = 2 * np.mean([len(text) for text in GENERATIONS])
+    assert means == {name: pytest.approx(expected) for name in names}
+    assert measure(metrics, ROWS, GENERATIONS, None, tokenizer)[0]["in_time"] == pytest.approx(expected)
+    processes = (tmp_path / "executed").read_text().split()
+    assert processes.count(str(os.getpid())) == 1 < len(processes)  # once in each, reward or metric
+
+
+def test_files_of_packages_and_modules(tmp_path, modules, monkeypatch):
+    package = tmp_path / "package_of_mine" / "inner"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package.parent / "__init__.py").write_text("NUMBER = 3.0\n")
+    (package / "own.py").write_text(
+        "from .. import NUMBER\nfrom .other import more\n"
+        "def reward(prompts, generations, references, metas):\n    return [NUMBER + more] * len(metas)\n"
+    )
+    (package / "other.py").write_text("more = 1.0\n")
+    by_file = make_reward(f"{package}/own.py:reward")
+    assert by_file(*columns_of(ROWS, GENERATIONS)) == [4.0] * 7
+    monkeypatch.chdir(tmp_path)
+    assert make_reward("package_of_mine.inner.own:reward") is by_file
+    with pytest.raises(UsageError, match="package_of_mine.nothing: cannot be imported: ModuleNotFoundError"):
+        make_reward("package_of_mine.nothing:reward")
+    with pytest.raises(UsageError, match="'package_of_mine.inner.own' has no function 'rewar'.*'reward'"):
+        make_reward("package_of_mine.inner.own:rewar")
+
+
+def test_files_of_the_same_name(tmp_path, modules):
+    """Of each other, and of a module of ours: all are there, each is executed once."""
+    made = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        for name in ("same", "rewards"):
+            (tmp_path / str(number) / f"{name}.py").write_text(
+                "import pickle\ndef f(prompts, generations, references, metas):\n"
+                f"    return [{number} + {len(name)}] * len(pickle.loads(pickle.dumps(f)) and metas)\n"
+            )
+            made.append(make_reward(f"{tmp_path}/{number}/{name}.py:f"))
+            assert make_reward(f"{tmp_path}/{number}/{name}.py:f") is made[-1]
+    assert [f(*columns_of(ROWS[:1], GENERATIONS[:1])) for f in made] == [[4], [7], [5], [8]]
+    assert sys.modules["rewards"] is rewards
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("def f(:\n", "SyntaxError.*broken_of_mine.py"),
+        ("import nothing_at_all\n", "ModuleNotFoundError.*nothing_at_all.*broken_of_mine.py:1"),
+        ("raise ValueError('two\\nlines')\n", "ValueError: two lines .*broken_of_mine.py:1"),
+    ],
+)
+def test_a_file_that_cannot_be_imported(tmp_path, text, words):
+    (tmp_path / "broken_of_mine.py").write_text(text)
+    for _ in range(2):  # nothing half imported is left
+        with pytest.raises(UsageError, match=f"cannot be imported: {words}") as error:
+            make_reward(f"{tmp_path}/broken_of_mine.py:f")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [
+        "completions, **kwargs",
+        "prompts, completions, **kwargs",
+        "generations, references",
+        "completions, prompts, references, metas",
+        "prompts, references, generations, metas",
+        "*, prompts, generations, references, metas",
+        "",
+    ],
+)
+@pytest.mark.parametrize("make, kind", [(rewards_of, "reward"), (metrics_of, "metric")])
+def test_a_wrong_signature_is_refused(tmp_path, modules, signature, make, kind):
+    (tmp_path / "signature_of_mine.py").write_text(f"def r({signature}):\n    return [0.0] * 4\n")
+    with pytest.raises(UsageError) as error:
+        make(f"{tmp_path}/signature_of_mine.py:r", samples=ROWS)
+    assert f"r({signature})" in str(error.value) and "\n" not in str(error.value)
+    assert f"must be: def {kind}(prompts, generations, references, metas)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "signature", ["a, b, c, d", "*texts", "prompts, generations, references, metas, **rest", "p, g, r, metas, x=1"]
+)
+def test_signatures_that_fit(tmp_path, modules, signature):
+    (tmp_path / "signature_of_mine.py").write_text(f"def r({signature}):\n    return [0.0] * 4\n")
+    rewards_of(f"{tmp_path}/signature_of_mine.py:r", samples=ROWS)
+
+
+def test_every_reward_is_tried_before_the_run(tmp_path, modules):
+    (tmp_path / "tried_of_mine.py").write_text(
+        "def fails(prompts, generations, references, metas):\n    return [meta['nothing'] for meta in metas]\n"
+        "def many(prompts, generations, references, metas):\n    return [1.0, 2.0]\n"
+        "def nan(prompts, generations, references, metas):\n    return [float('nan')] * len(metas)\n"
+        "def tokens(prompts, generations, references, metas, token_ids):\n"
+        "    assert generations == [r[0] for r in references]\n"
+        "    return [[1.0] * len(text.split()) * 2 for text in generations]\n"
+        "def needs(prompts, generations, references, metas, scale):\n    return [scale] * len(metas)\n"
+        "class Held:\n"
+        "    def __init__(self, separator, scale: float = 1.0):\n        self.value = (separator, scale)\n"
+        "    def __call__(self, prompts, generations, references, metas):\n"
+        "        return [self.value[1]] * len(metas)\n"
+    )
+    own = f"{tmp_path}/tried_of_mine.py:"
+    for make in (rewards_of, metrics_of):
+        with pytest.raises(KeyError) as error:
+            make(own + "fails", samples=ROWS)
+        assert "raised by" in error.value.__notes__[0] and "of the sample s0" in error.value.__notes__[0]
+        with pytest.raises(UsageError, match="many returned 2 values for 4 samples"):
+            make(own + "many", samples=ROWS)
+        with pytest.raises(UsageError, match="needs a value for its option 'scale'"):
+            make(own + "needs", samples=ROWS)
+        make(own + "tokens", samples=ROWS)
+    with pytest.raises(UsageError, match="nan returned nan for sample s0: must be finite"):
+        rewards_of(own + "nan", samples=ROWS)
+    held = rewards_of(
+        own + "Held", own + "needs", samples=ROWS, separator=" ", **{own + "Held.scale": "2.5", "scale": "4"}
+    )
+    assert held[own + "Held"].value == (" ", 4) and held[own + "needs"](*columns_of(ROWS, GENERATIONS)) == [4] * 7
+    held = rewards_of(own + "Held", samples=ROWS, defaults={own + "Held": {"scale": 7.0}})
+    assert held[own + "Held"].value == ("", 7.0)
+
+
+# ---- what samples must have -----------------------------------------------------------------------------------------
+TEXTS = {
+    "Chinese": ("我爱北京天安门。", "我爱上海。"),
+    "Japanese": ("私は東京が好きです。", "私は大阪が好きだ。"),
+    "Thai": ("ฉันรักประเทศไทย", "ฉันรักกรุงเทพ"),
+    "Arabic": ("أنا أحب القاهرة كثيرا", "أنا أحب بيروت"),
+    "Russian": ("я очень люблю Москву", "я люблю Москву и Омск"),
+    "German": ("für die größere Straße", "fór die größere Straße"),
+}
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_languages(language):
+    reference, text = TEXTS[language]
+    samples = [Sample("x1", "p", [reference], {})] * 3
+    batch = (["p"] * 2, [text, reference], [[reference]] * 2, [{}] * 2)
+    refused = set()
+    for name in ("rouge1", "rougeL", "rouge_l_max", "bleu", "meteor", "cider", "sacrebleu", "ter", "chrf"):
+        try:
+            score, whole = rewards_of(name, samples=samples)[name](*batch)
+            assert whole > 0.9 or name in ("cider", "bleu", "sacrebleu")
+        except UsageError as error:
+            refused.add(name)
+            assert re.search("'x1'.*chrf, sacrebleu with tokenize zh.*rouge1.* with tokenize unicode", str(error))
+            with pytest.raises(UsageError, match="^metric"):
+                metrics_of(name, samples=samples)
+    latin, spaced = {"rouge1", "rougeL", "rouge_l_max"}, {"bleu", "meteor", "cider", "sacrebleu", "ter"}
+    expected = {"German": set(), "Arabic": latin, "Russian": latin}.get(language, latin | spaced)
+    assert refused == expected
+    for name in ("rouge1", "rouge_combined"):
+        score, whole = rewards_of(name, samples=samples, tokenize="unicode")[name](*batch)
+        assert whole == pytest.approx(1.0) and 0.2 < score < 0.95
+    rouge = metrics_of("rouge", samples=samples, tokenize="unicode")
+    assert 0.2 < measure(rouge, samples, [text] * 3, None, tokenizer)[0]["rougeL"] < 0.95
+    assert 0 < rewards_of("rouge1", samples=samples, tokenize="char")["rouge1"](*batch)[0] < 1
+    tokenize = "zh" if language == "Chinese" else "char"
+    assert rewards_of("sacrebleu", samples=samples, tokenize=tokenize)["sacrebleu"](*batch)[1] == pytest.approx(1)
+    assert rewards_of("cider", samples=samples, tokenize="unicode")["cider"]
+
+
+def test_words_of_all_languages():
+    assert rewards.unicode_words("Für fór, GRÖSSE ﬁ") == ["für", "fór", "grösse", "fi"]
+    assert rewards.unicode_words("我爱2024年。Привет, мир! أنا") == ["我", "爱", "2024", "年", "привет", "мир", "أنا"]
+    assert rewards.unicode_words("e\u0301t\u00e9") == ["été"]
+    with pytest.raises(UsageError, match="rouge has no tokenizer 'unicod'.*did you mean 'unicode'.*13a"):
+        make_reward("rouge1", tokenize="unicod")
+    with pytest.raises(UsageError, match="tokenizer 'unicode'.*intl"):
+        make_reward("sacrebleu", tokenize="unicode")
+
+
+def test_a_split_without_references_to_speak_of_is_not_refused():
+    metrics_of("rouge", "bleu", samples=[sample(references=[""])])  # ToTTo's test split
+
+
+@pytest.mark.parametrize(
+    "name, meta, words",
+    [
+        ("intent", {"intent": None}, r"meta\['intent'\] of 'x1' is None; must be a whole number from 1 on"),
+        ("intent", {"intent": "2"}, "is '2'; must be a whole number"),
+        ("intent", {"intent": 0}, "is 0; must be a whole number from 1"),
+        ("intent", {"intent": True}, "is True; must be a whole number"),
+        ("intent", {"topic": 1}, r"needs meta\['intent'\]: 'x1' has only topic"),
+        ("commongen_preference", {"concepts": "dog run"}, r"is 'dog run'; must be a list of texts"),
+        ("commongen_preference", {"concepts": [1, 2]}, r"is \[1, 2\]; must be a list of texts"),
+        ("parent", {"raw_table": None}, "is None; must be a table with ToTTo's keys"),
+        ("parent", {"raw_table": {"table": [], "highlighted_cells": [[0, 0]]}}, "must be a table with ToTTo's keys"),
+        ("parent", {"raw_table": "a table"}, "must be a table with ToTTo's keys"),
+    ],
+)
+def test_metas_of_the_wrong_type(name, meta, words):
+    for make in (rewards_of, metrics_of):
+        with pytest.raises(UsageError, match=words):
+            if (make, name) != (metrics_of, "commongen_preference"):
+                make(name, samples=[sample(meta=meta)])
+            else:
+                make(name, samples=[sample(meta=meta)])
+
+
+def test_perplexity_of_a_meta():
+    metrics_of("perplexity", samples=[sample(references=[], meta={"whole": "text"})], reference_key="whole")
+    with pytest.raises(UsageError, match=r"meta\['whole'\] of 'x1' is 3; must be a text"):
+        metrics_of("perplexity", samples=[sample(meta={"whole": 3})], reference_key="whole")
+    with pytest.raises(UsageError, match="sample 'x1' has none"):
+        metrics_of("perplexity", samples=[sample(references=[])])
+
+
+def test_half_a_character_is_replaced(tmp_path, modules):
+    half = "a \ud83d dog \ude00"
+    samples = [Sample("s", f"p {half}", [half, "a cat"], {})]
+    (tmp_path / "half_of_mine.py").write_text(
+        "def clean(prompts, generations, references, metas):\n"
+        "    ' '.join([*prompts, *generations, *references[0]]).encode()\n"
+        "    return [float('\\ufffd' in prompts[0] + generations[0] + references[0][0])]\n"
+    )
+    names = ["rouge", "rouge_l_max", "bleu", "sacrebleu", "chrf", "ter", "meteor", "cider", "diversity"]
+    names.append(f"{tmp_path}/half_of_mine.py:clean")
+    row, _ = measure(metrics_of(*names, samples=samples), samples, [half], None, tokenizer)
+    assert row["clean"] == 1 and row["rouge_l_max"] == pytest.approx(1)
+    rewards_of(*names[1:-2], names[-1], samples=samples)
+    assert rewards.clean("🍞 日本 a\ufeff") == "🍞 日本 a\ufeff"
+
+
+CHAT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+
+
+def test_a_chat_is_a_text_to_those_that_do_not_read_messages(tmp_path, modules):
+    (tmp_path / "chat_of_mine.py").write_text(
+        "def texts(prompts, generations, references, metas):\n    return [float(prompts == ['be kind\\nhello'])]\n"
+        "def messages(prompts, generations, references, metas, scale=1.0):\n"
+        "    return [scale * (prompts[0][1]['role'] == 'user')]\n"
+        "messages.reads_messages = True\n"
+    )
+    samples = [Sample("s", CHAT, ["hello"], {})]
+    names = [f"{tmp_path}/chat_of_mine.py:{name}" for name in ("texts", "messages")]
+    rewards = rewards_of(*names, "rouge1", samples=samples, **{f"{names[1]}.scale": "3"})
+    assert score_texts(rewards, [1] * 3, samples, ["hello"], [[1]])[1] == {names[0]: 1.0, names[1]: 3.0, "rouge1": 1.0}
+
+
+@pytest.mark.parametrize(
+    "prompt, text, separator, expected",
+    [
+        ("say:", "cat", " ", "say: cat"),
+        ("say: ", "cat", " ", "say: cat"),
+        ("say:\n", "cat", " ", "say:\ncat"),
+        ("say:", " cat", " ", "say: cat"),
+        ("say:", " cat", "", "say: cat"),
+        ("sa", "y", "", "say"),
+        ("", "cat", " ", "cat"),
+        ("say:", "", " ", "say:"),
+    ],
+)
+def test_prompt_and_response_are_joined(prompt, text, separator, expected):
+    assert rewards.join(prompt, text, separator) == expected

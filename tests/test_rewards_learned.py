@@ -13,8 +13,8 @@ import tiny_models
 import torch
 from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from datapools import UsageError
-from rewards import make_metric, make_reward
+from datapools import Sample, UsageError
+from rewards import make_metric, make_metrics, make_reward, make_rewards, measure, score_texts
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_rewards.json").read_text())
 PROMPTS = ["how was it? ", "the long prompt " * 12, "", "so? "]
@@ -71,6 +71,155 @@ def test_sentiment_keeps_the_end_of_a_long_text(folder):
     scores = reward([long, "six " + long, long], ["the end", "the end", "an end"], [[]] * 3, [{}] * 3)
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
     assert scores[0] != pytest.approx(scores[2], abs=1e-6)
+
+
+def test_one_output_is_no_probability(folder):
+    for name in ("sentiment", "classifier"):
+        with pytest.raises(UsageError, match="has one output, a score and no probability; take reward_model") as error:
+            make_reward(name, model=str(folder / "one"))
+        assert "\n" not in str(error.value)
+    (logit,) = make_reward("classifier", model=str(folder / "one"), label_ix=0, logit=True)(["p "], ["a"], [[]], [{}])
+    assert logit == pytest.approx(logits_one_by_one(str(folder / "one"), ["p a"])[0, 0].item(), abs=1e-5)
+
+
+def test_classifier(folder, tmp_path):
+    path = str(folder / "four")
+    texts = [prompt + text for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
+    logits = logits_one_by_one(path, texts, side="left")
+    for options, expected in (
+        ({"label_ix": 2}, logits.softmax(1)[:, 2]),
+        ({"label": "commissive"}, logits.softmax(1)[:, 3]),
+        ({"label": "inform", "logit": True}, logits[:, 0]),
+        ({"label_ix": 0, "max_length": 9}, logits_one_by_one(path, texts, length=9, side="left").softmax(1)[:, 0]),
+    ):
+        assert make_reward("classifier", model=path, **options)(*BATCH) == pytest.approx(expected.tolist(), abs=1e-5)
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    model.config.problem_type = "multi_label_classification"  # then each label has a probability of its own
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path)
+    got = make_reward("classifier", model=str(tmp_path), label="question")(*BATCH)
+    assert got == pytest.approx(logits.sigmoid()[:, 1].tolist(), abs=1e-5)
+    assert make_metric("classifier", model=path, label_ix=2)(*BATCH)["classifier"][1] == pytest.approx(
+        logits.softmax(1)[:, 2].mean().item(), abs=1e-5
+    )
+    with pytest.raises(UsageError, match="has no label 'comissive'.*did you mean 'commissive'.*inform"):
+        make_reward("classifier", model=path, label="comissive")
+    with pytest.raises(UsageError, match="needs a value for its option 'model'"):
+        make_reward("classifier")
+    with pytest.raises(UsageError, match="max_length must be at least 1 token, not 0"):
+        make_reward("classifier", model=path, max_length=0)
+
+
+def test_an_encoder_decoders_response_needs_a_space(folder):
+    """A response without a space of its own is joined to the prompt with the policy's separator."""
+    path, prompts, texts = str(folder / "four"), ["say", "say ", "say"], ["cat", "cat", " cat"]
+    batch = (prompts, texts, [[]] * 3, [{"intent": 1}] * 3)
+    (whole,) = logits_one_by_one(path, ["say cat"]).softmax(1)[:, 1].tolist()
+    assert make_reward("sentiment", model=path, separator=" ")(*batch) == pytest.approx([whole] * 3, abs=1e-5)
+    glued = make_reward("sentiment", model=path, separator="")(*batch)
+    assert glued[1:] == pytest.approx([whole] * 2, abs=1e-5) and glued[0] != pytest.approx(whole, abs=1e-5)
+    samples = [Sample("s", "say", ["cat"], {})]
+    for separator, same in ((" ", True), ("", False)):
+        options = {"model": path, "label_ix": "1"}
+        (reward,) = make_rewards(("classifier",), options, {}, samples, byte_tokenizer, "cpu", separator).values()
+        assert (reward(["say"], ["cat"], [[]], [{}])[0] == pytest.approx(whole, abs=1e-5)) is same
+
+
+def byte_tokenizer(text, add_special_tokens=True):
+    return tiny_models.byte_tokenizer(text)
+
+
+# ---- reward models --------------------------------------------------------------------------------------------------
+TEMPLATE = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}</{{ m.role[0] }}>{% endfor %}"
+
+
+def test_reward_model(folder):
+    path = str(folder / "one")
+    texts = [f"{prompt}{text}" for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
+    logits = logits_one_by_one(path, texts, side="left")[:, 0]
+    assert logits.min() < 0 and (logits.max() - logits.min()) > 0.1  # raw, and different
+    for size in (1, 3, 16):
+        assert make_reward("reward_model", model=path, batch_size=size)(*BATCH) == pytest.approx(
+            logits.tolist(), abs=1e-5
+        )
+    centred = make_reward("reward_model", model=path, center=0.25)(*BATCH)
+    assert centred == pytest.approx((logits - 0.25).tolist(), abs=1e-5)
+    middle = logits.median().item()
+    clipped = make_reward("reward_model", model=path, center=middle, clip=0.05)(*BATCH)
+    assert clipped == pytest.approx((logits - middle).clamp(-0.05, 0.05).tolist(), abs=1e-5)
+    assert {-0.05, 0.05} & set(np.round(clipped, 6))
+    short = logits_one_by_one(path, texts, length=11, side="left")[:, 0].tolist()
+    assert make_reward("reward_model", model=path, max_length=11)(*BATCH) == pytest.approx(short, abs=1e-5)
+    spaced = make_reward("reward_model", model=path, separator=" ")(["say:"], ["cat"], [[]], [{}])
+    assert spaced == pytest.approx(logits_one_by_one(path, ["say: cat"])[:, 0].tolist(), abs=1e-5)
+    assert make_metric("reward_model", model=path)(*BATCH)["reward_model"][1] == pytest.approx(logits.mean().item())
+
+
+@torch.no_grad()
+def test_reward_model_of_chats(folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(str(folder / "one"))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(str(folder / "one")).eval()
+    model.save_pretrained(tmp_path)
+
+    def score(text):
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[:, -64:]
+        return model(input_ids=ids).logits[0, 0].item()
+
+    reward = make_reward("reward_model", model=str(tmp_path), separator=" ")
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    got = reward(
+        ["say:", chat, "say:", [{"role": "user", "content": "x" * 99}]],
+        ["cat", "hi", " cat", "yes"],
+        [[]] * 4,
+        [{}] * 4,
+    )
+    expected = ["<u>say:</u><a>cat</a>", "<s>be kind</s><u>hello</u><a>hi</a>", "<u>say:</u><a>cat</a>"]
+    expected.append(f"<u>{'x' * 99}</u><a>yes</a>")
+    assert got == pytest.approx([score(text) for text in expected], abs=1e-5)
+    assert got[0] != pytest.approx(logits_one_by_one(str(tmp_path), [expected[0]])[0, 0].item(), abs=1e-4)  # [CLS]
+    # A chat reaches it as messages from the samples, and one without a template as a text.
+    samples = [Sample("s", chat, ["hi"], {})]
+    for folder_of, text in ((tmp_path, None), (folder / "one", "be kind\nhello hi")):
+        rewards = make_rewards(("reward_model",), {"model": str(folder_of)}, {}, samples, byte_tokenizer, "cpu", " ")
+        _, means = score_texts(rewards, [1.0], samples, ["hi"], [[1]])
+        wanted = got[1] if text is None else logits_one_by_one(str(folder_of), [text])[0, 0].item()
+        assert means["reward_model"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_what_is_no_reward_model(folder, tmp_path):
+    with pytest.raises(UsageError, match="has the labels inform, question, .*not one output; take classifier"):
+        make_reward("reward_model", model=str(folder / "four"))
+    with pytest.raises(UsageError, match="clip must be above 0, not -1"):
+        make_reward("reward_model", model=str(folder / "one"), clip=-1)
+    # a language model has no head that was trained
+    AutoModel.from_pretrained(str(folder / "one")).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(str(folder / "one")).save_pretrained(tmp_path / "base")
+    with pytest.raises(UsageError, match="no weights for classifier.bias, classifier.weight"):
+        make_reward("reward_model", model=str(tmp_path / "base"))
+    # a file that was not fetched whole
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / "one" / name).read_bytes()[: 200 if "safe" in name else None])
+    with pytest.raises(UsageError, match="cannot be loaded") as error:
+        make_reward("reward_model", model=str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_learned_metrics_of_half_a_character(folder):
+    path = str(folder / "four")
+    samples = [Sample("s", "a \ud83d", ["b \ude00"], {"intent": 1})]
+    options = {
+        "classifier.model": path,
+        "intent.model": path,
+        "bertscore.model_type": path,
+        "bertscore.num_layers": "1",
+    }
+    options |= {"reward_model.model": str(folder / "one")}
+    names = ("classifier", "reward_model", "intent", "bertscore")
+    metrics = make_metrics(names, options, {}, samples, byte_tokenizer, "cpu", "")
+    row, _ = measure(metrics, samples, ["c \ud83d"], None, None)
+    assert sorted(row) == sorted(names)
 
 
 def test_intent(folder):
@@ -290,7 +439,7 @@ def test_evaluate_script(tmp_path, feature, first):
     path = tmp_path / f"own{first}.py"
     path.write_text(SCRIPT.replace("REFERENCES", feature))
     metric = make_metric(f"evaluate:{path}", scale=2.0)
-    result = metric(["p", "p"], ["one", "three"], [["r1", "r2"], ["r3", "r4"]], [{}, {}])
+    result = metric(["p", "p"], [" one", "three\n"], [["r1", "r2"], ["r3", "r4"]], [{}, {}])  # stripped
     name = path.stem
     assert result == {
         f"{name}/lengths": ([6.0, 10.0], 8.0),
