@@ -35,6 +35,7 @@ from functools import lru_cache, partial, update_wrapper
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import datasets
 import nltk
@@ -532,7 +533,10 @@ def ter_score(generation: str, references: list[str]) -> tuple[float, float, flo
 
 
 def ter():
-    """1 - TER/100 of sacrebleu: fewest edits to a reference per word of the average reference. At most 1, no least."""
+    """1 - TER/100 of sacrebleu: fewest edits to a reference per word of the average reference. At most 1, no least.
+
+    Slow by nature: its search for words to shift takes some 25 ms for a text of 60 words, and seconds for one of 500.
+    """
     process_pool()
 
     def reward(prompts, generations, references, metas):
@@ -971,8 +975,11 @@ def missing_concepts(generation: str, concepts: list[str]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Learned rewards
 # ---------------------------------------------------------------------------------------------------------------------
-def load_pretrained(auto_class, name: str, device: str, reward: str, **tokenizer_options):
-    """Tokenizer and model (in eval mode, on the device) by hub name or path, and how many tokens the model can read."""
+def load_pretrained(auto_class, name: str, device: str, reward: str, max_length=None, **tokenizer_options):
+    """Tokenizer and model (in eval mode, on the device) by hub name or path, and how many tokens it is to read: those
+    that it has positions for, or max_length, if less."""
+    if max_length is not None and max_length < 1:
+        raise UsageError(f"{reward}: max_length must be at least 1 token, not {max_length}")
     if not Path(name).exists():
         offline_if_unreachable()
     try:
@@ -988,7 +995,8 @@ def load_pretrained(auto_class, name: str, device: str, reward: str, **tokenizer
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer, model.to(device).eval(), max_tokens(tokenizer, model.config)
+    length = max_tokens(tokenizer, model.config)
+    return tokenizer, model.to(device).eval(), min(length, max_length or length)
 
 
 def max_tokens(tokenizer, config) -> int:
@@ -1036,19 +1044,11 @@ def classify(model, tokenizer, length: int, batch_size: int, texts, pairs=None, 
     return torch.cat(rows)
 
 
-def shortened(length: int, max_length: int | None, name: str) -> int:
-    """The tokens that are read of a text: what the model has positions for, or the option max_length, if less."""
-    if max_length is not None and max_length < 1:
-        raise UsageError(f"{name}: max_length must be at least 1 token, not {max_length}")
-    return length if max_length is None else min(length, max_length)
-
-
 def classifier(
     device: str,
     separator: str,
     model: str,
-    label_ix: int = 1,
-    label: str | None = None,
+    label: int | str = 1,
     logit: bool = False,
     include_prompt: bool = True,
     batch_size: int = 64,
@@ -1056,27 +1056,24 @@ def classifier(
 ):
     """Probability of one label of any sequence classifier, of prompt + text or of the text alone. In [0, 1].
 
-    model: hub name or folder. label_ix: the label's index; label: its name in the model's config, instead. The labels'
-    probabilities sum to 1, or are each by itself where the config has problem_type multi_label_classification. logit:
-    the logit instead of the probability, unbounded. Texts too long for the model, or of more than max_length tokens,
-    lose their beginning.
+    model: hub name or folder. label: the label's index, or its name in the model's config. The labels' probabilities
+    sum to 1, or are each by itself where the config has problem_type multi_label_classification. logit: the logit
+    instead of the probability, unbounded. Texts too long for the model, or of more than max_length tokens, lose their
+    beginning.
     """
     tokenizer, scorer, length = load_pretrained(
-        AutoModelForSequenceClassification, model, device, "classifier", truncation_side="left"
+        AutoModelForSequenceClassification, model, device, "classifier", max_length, truncation_side="left"
     )
-    length, labels = shortened(length, max_length, "classifier"), scorer.config.num_labels
+    labels = [str(scorer.config.id2label[i]) for i in range(scorer.config.num_labels)]
     independent = scorer.config.problem_type == "multi_label_classification"
-    if labels == 1 and not (logit or independent):
+    if len(labels) == 1 and not (logit or independent):
         raise UsageError(f"classifier: {model!r} has one output, a score and no probability; take reward_model for it")
-    if label is not None:
-        if label not in scorer.config.label2id:
-            known = ", ".join(scorer.config.label2id)
-            raise UsageError(
-                f"classifier: {model!r} has no label {label!r}{nearest(label, scorer.config.label2id)}; it has: {known}"
-            )
-        label_ix = int(scorer.config.label2id[label])
-    if not 0 <= label_ix < labels:
-        raise UsageError(f"classifier: {model!r} has labels 0 to {labels - 1}, not {label_ix}")
+    if isinstance(label, str):
+        if label not in labels:
+            raise UsageError(f"classifier: {model!r} has no label {label!r}{nearest(label, labels)}, but {labels}")
+        label = labels.index(label)
+    if not 0 <= label < len(labels):
+        raise UsageError(f"classifier: {model!r} has labels 0 to {len(labels) - 1}, not {label}")
 
     def reward(prompts, generations, references, metas):
         pairs = zip(prompts, generations, strict=True)
@@ -1084,7 +1081,7 @@ def classifier(
         values = classify(scorer, tokenizer, length, batch_size, texts)
         if not logit:
             values = values.sigmoid() if independent else values.softmax(dim=1)
-        return values[:, label_ix].tolist()
+        return values[:, label].tolist()
 
     return reward
 
@@ -1118,9 +1115,9 @@ def reward_model(
     model, or of more than max_length tokens, lose their beginning.
     """
     tokenizer, scorer, length = load_pretrained(
-        AutoModelForSequenceClassification, model, device, "reward_model", truncation_side="left"
+        AutoModelForSequenceClassification, model, device, "reward_model", max_length, truncation_side="left"
     )
-    length, chat = shortened(length, max_length, "reward_model"), tokenizer.chat_template is not None
+    chat = tokenizer.chat_template is not None
     if scorer.config.num_labels != 1:
         labels = ", ".join(map(str, scorer.config.id2label.values()))
         raise UsageError(f"reward_model: {model!r} has the labels {labels}, not one output; take classifier for it")
@@ -1567,14 +1564,9 @@ SPACED = (*REFERENCES, "spaced")  # sees words between spaces
 
 
 def needs_of_tokens(options: dict) -> tuple[str, ...]:
-    """Of a reward with a `tokenize` of its own, of which these do not part what is written without spaces."""
-    parts_nothing = (None, "spacy", "13a", "intl", "none")
-    return (
-        LATIN
-        if options.get("tokenize") == "rouge"
-        else SPACED
-        if options.get("tokenize") in parts_nothing
-        else REFERENCES
+    """Of a reward with a `tokenize` of its own; these do not part what is written without spaces, the others do."""
+    return {"rouge": LATIN, **dict.fromkeys((None, "spacy", "13a", "intl", "none"), SPACED)}.get(
+        options.get("tokenize"), REFERENCES
     )
 
 
@@ -1669,13 +1661,11 @@ def make_metrics(names, typed, defaults, samples, tokenizer, device, separator) 
     few = list(islice(samples, 4))
     for name, options in checked_options("metric", names, typed, defaults, samples).items():
         metric = metrics[name] = make_metric(name, device, separator, **options)
-        if "model" in inspect.signature(metric).parameters:
-            continue  # the policy is not there yet
+        if {"model", "tokenizer"} & {*inspect.signature(metric).parameters}:
+            continue  # a metric of the policy, which is not there yet
         texts = trial_texts(few)
-        if is_own(name):
-            values = call(name, metric, few, texts, response_ids(texts, tokenizer), tokenizer=tokenizer)
-            if not isinstance(values, dict):
-                metrics[name] = mean_of(name.rpartition(":")[2], metric)
+        if is_own(name) and not isinstance(call(name, metric, few, texts, response_ids(texts, tokenizer)), dict):
+            metrics[name] = mean_of(name.rpartition(":")[2], metric)
         try:
             measure({name: metrics[name]}, few, texts, None, tokenizer)
         except BadReturn as error:
@@ -1728,15 +1718,16 @@ def is_own(name: str) -> bool:
 
 def called_with(kind: str, name: str, function: Callable) -> set[str]:
     """The parameters that are not options but what a reward or metric is called with; UsageError if they do not fit."""
-    arguments = ("prompts", "generations", "references", "metas")
+    arguments, signature, bound = ("prompts", "generations", "references", "metas"), "", {}
     try:
-        bound = inspect.signature(function).bind_partial(*arguments).arguments
-    except (TypeError, ValueError):
-        bound = {"prompts": None}
-    if any(bound.get(argument, argument) != argument for argument in arguments):
-        has = f"{name.rpartition(':')[2]}{inspect.signature(function)}" if callable(function) else repr(function)
+        signature = inspect.signature(function)
+        bound = signature.bind_partial(*arguments).arguments
+    except (TypeError, ValueError):  # too few parameters, or nothing that can be called
+        pass
+    if not bound or any(bound.get(argument, argument) != argument for argument in arguments):
+        has = f"{name.rpartition(':')[2]}{signature}"
         raise UsageError(f"{kind} {name!r} is {has}; must be: def {kind}({', '.join(arguments)})")
-    return {*bound, "token_ids"} | ({"model", "tokenizer"} if kind == "metric" else set())
+    return {*bound, "token_ids"} | ({"model", "tokenizer"} & {*signature.parameters} if kind == "metric" else set())
 
 
 def load_function(spec: str) -> Callable:
@@ -1823,11 +1814,11 @@ def check_options(name: str, make: Callable, given: dict, hidden=()) -> None:
         if key not in options:
             known = ", ".join(options) if options else "none"
             raise UsageError(f"{name!r} has no option {key!r}{nearest(key, options)}; its options are: {known}")
-        kind = options[key].annotation
-        accepted = (int, float) if kind is float else kind
-        wrong = kind in (int, float, bool, str) and not isinstance(given[key], accepted)
-        if (wrong and given[key] is not None) or (kind in (int, float) and isinstance(given[key], bool)):
-            raise UsageError(f"option {key!r} of {name!r} must be of type {kind.__name__}, not {given[key]!r}")
+        kinds = set(get_args(options[key].annotation) or (options[key].annotation,))  # of int | None both
+        fits = kinds | ({int} if float in kinds else set())
+        if kinds <= {int, float, bool, str, type(None)} and type(given[key]) not in fits:
+            wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
+            raise UsageError(f"option {key!r} of {name!r} must be of type {wanted}, not {given[key]!r}")
     missing = [key for key, option in options.items() if option.default is option.empty and key not in given]
     if missing:
         raise UsageError(f"{name!r} needs a value for its option {missing[0]!r}")

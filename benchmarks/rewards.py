@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rewards import METRICS, REWARDS, make_metric, make_reward  # noqa: E402
 
 TEXTS, WORDS = 256, 60
-WITH_MODEL = {"sentiment", "intent", "bleurt", "bertscore", "commongen_preference", "summac_zs", "summac_conv"}
+WITH_MODEL = {"sentiment", "classifier", "intent", "bleurt", "bertscore", "commongen_preference", "summac_zs"}
 NOT_MEASURED = {
     "spice": "needs Java and the CoreNLP jars",
     "spider": "as SPICE",
     "perplexity": "costs what the policy costs",
+    "reward_model": "costs what its model costs, as classifier",
     "summac_conv": "as summac_zs",
 }
 

@@ -971,3 +971,37 @@ def test_a_chat_is_a_text_to_those_that_do_not_read_messages(tmp_path, modules):
 )
 def test_prompt_and_response_are_joined(prompt, text, separator, expected):
     assert rewards.join(prompt, text, separator) == expected
+
+
+# ---- the documentation ----------------------------------------------------------------------------------------------
+DOCS = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+
+
+def test_the_documentation_has_every_option_and_its_default():
+    options = DOCS[DOCS.index("\n## Options") : DOCS.index("\n## Reward models")]
+    rows = dict.fromkeys({*rewards.REWARDS, *rewards.METRICS}, "")
+    for line in filter(lambda line: line.startswith("| `"), options.splitlines()):
+        names, text = line.strip("| ").split(" | ", 1)
+        for name in re.findall("`([^`]*)`", names):
+            if name in rows:
+                rows[name] += text
+    for name, text in rows.items():
+        assert text, name
+        for table in (rewards.REWARDS, rewards.METRICS):
+            for option in inspect.signature(table[name].make).parameters.values() if name in table else ():
+                default = f" {option.default:g}" if type(option.default) is float else f" {option.default}"
+                default = {" None": "", " True": " true", " False": " false"}.get(default, default)
+                default = "" if option.default is option.empty else default
+                if option.name not in ("device", "separator"):
+                    assert re.search(f"`{option.name}`{re.escape(default)}($|[^.0-9])", text), (name, option)
+    table = DOCS[: DOCS.index("\n## Options")]
+    assert all(re.search(rf"^\|.*`{name}`", table, re.MULTILINE) for name in rows)
+
+
+def test_the_examples_of_the_documentation(tmp_path, modules):
+    (tmp_path / "documented.py").write_text("".join(re.findall("```python\n(.*?)```", DOCS, re.DOTALL)))
+    names = [f"{tmp_path}/documented.py:{name}" for name in ("brevity", "no_repetition")]
+    made = rewards_of(*names, samples=ROWS, **{f"{names[0]}.words": "6"})
+    scores, means = score_texts(made, [1.0, 1.0], ROWS[:2], ["one two", "one " * 12], [[4, 4, 4, 1], [3, 1]])
+    assert scores.tolist() == [[0, -1, -1, 1], [0, 0.5, 0, 0]]
+    assert means == {names[0]: 0.75, names[1]: -1.0}

@@ -78,7 +78,7 @@ def test_one_output_is_no_probability(folder):
         with pytest.raises(UsageError, match="has one output, a score and no probability; take reward_model") as error:
             make_reward(name, model=str(folder / "one"))
         assert "\n" not in str(error.value)
-    (logit,) = make_reward("classifier", model=str(folder / "one"), label_ix=0, logit=True)(["p "], ["a"], [[]], [{}])
+    (logit,) = make_reward("classifier", model=str(folder / "one"), label=0, logit=True)(["p "], ["a"], [[]], [{}])
     assert logit == pytest.approx(logits_one_by_one(str(folder / "one"), ["p a"])[0, 0].item(), abs=1e-5)
 
 
@@ -87,10 +87,10 @@ def test_classifier(folder, tmp_path):
     texts = [prompt + text for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
     logits = logits_one_by_one(path, texts, side="left")
     for options, expected in (
-        ({"label_ix": 2}, logits.softmax(1)[:, 2]),
+        ({"label": 2}, logits.softmax(1)[:, 2]),
         ({"label": "commissive"}, logits.softmax(1)[:, 3]),
         ({"label": "inform", "logit": True}, logits[:, 0]),
-        ({"label_ix": 0, "max_length": 9}, logits_one_by_one(path, texts, length=9, side="left").softmax(1)[:, 0]),
+        ({"label": 0, "max_length": 9}, logits_one_by_one(path, texts, length=9, side="left").softmax(1)[:, 0]),
     ):
         assert make_reward("classifier", model=path, **options)(*BATCH) == pytest.approx(expected.tolist(), abs=1e-5)
     model = AutoModelForSequenceClassification.from_pretrained(path)
@@ -99,7 +99,7 @@ def test_classifier(folder, tmp_path):
     AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path)
     got = make_reward("classifier", model=str(tmp_path), label="question")(*BATCH)
     assert got == pytest.approx(logits.sigmoid()[:, 1].tolist(), abs=1e-5)
-    assert make_metric("classifier", model=path, label_ix=2)(*BATCH)["classifier"][1] == pytest.approx(
+    assert make_metric("classifier", model=path, label=2)(*BATCH)["classifier"][1] == pytest.approx(
         logits.softmax(1)[:, 2].mean().item(), abs=1e-5
     )
     with pytest.raises(UsageError, match="has no label 'comissive'.*did you mean 'commissive'.*inform"):
@@ -120,7 +120,7 @@ def test_an_encoder_decoders_response_needs_a_space(folder):
     assert glued[1:] == pytest.approx([whole] * 2, abs=1e-5) and glued[0] != pytest.approx(whole, abs=1e-5)
     samples = [Sample("s", "say", ["cat"], {})]
     for separator, same in ((" ", True), ("", False)):
-        options = {"model": path, "label_ix": "1"}
+        options = {"model": path, "label": "1"}
         (reward,) = make_rewards(("classifier",), options, {}, samples, byte_tokenizer, "cpu", separator).values()
         assert (reward(["say"], ["cat"], [[]], [{}])[0] == pytest.approx(whole, abs=1e-5)) is same
 

@@ -2,11 +2,13 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import nltk
 import pytest
 import tiny_models
 from hypothesis import HealthCheck, given, settings
@@ -228,6 +230,32 @@ def test_missing_nltk_data(tmp_path, kind, name, data):
     )
     output = run(code).communicate()[0]
     assert output == f"{name} needs NLTK's data: python -m nltk.downloader {data} (or set NLTK_DATA to its folder)\n"
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_nltk_data_are_fetched_where_there_is_a_network(tmp_path, monkeypatch, online):
+    folder, at_hand, fetched = tmp_path / "data", nltk.data.find("tokenizers/punkt_tab"), []
+
+    def download(self, package, quiet):
+        fetched.append(package)
+        shutil.copytree(str(at_hand), folder / "tokenizers" / package)
+
+    folder.mkdir()
+    monkeypatch.setattr(nltk.data, "path", [str(folder)])
+    monkeypatch.setattr(nltk.downloader.Downloader, "download", download)
+    monkeypatch.setattr(rewards.datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(rewards, "answers", lambda url: online and "nltk_data" in url)
+    if not online:
+        with pytest.raises(UsageError, match="python -m nltk.downloader punkt_tab"):
+            make_metric("diversity")
+    for _ in range(2 * online):
+        make_metric("diversity")
+    assert fetched == ["punkt_tab"] * online
+    monkeypatch.setattr(rewards.datasets.config, "HF_HUB_OFFLINE", True)
+    shutil.rmtree(folder)
+    with pytest.raises(UsageError, match="python -m nltk.downloader punkt_tab"):
+        make_metric("diversity")
+    assert fetched == ["punkt_tab"] * online
 
 
 @pytest.mark.parametrize(
