@@ -189,6 +189,7 @@ def main():
         metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
         decoding = datapools.parse_kwargs(args.decoding, ["decoding"], {"decoding": task.generation})["decoding"]
         policy = load_policy(args, tokenizer, decoding)
+        reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy)
         start_weights = checksum(policy)
         if record.get("start_weights", start_weights) != start_weights:
             raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
@@ -206,7 +207,6 @@ def main():
     pad_id, eos = policy.generation_config.pad_token_id, torch.tensor(policy.generation_config.eos_token_id).to(device)
     behaviour = dict(temperature=args.temperature, min_response_length=args.min_response_length, eos=eos)
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
-    reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy)
     mask_model = policy if args.mask_type == "top_k" else copy.deepcopy(reference)
     masking = dict(mask_type=args.mask_type, top_mask=args.top_mask, min_tokens_to_keep=args.min_tokens_to_keep)
     masking |= dict(special_ids=tokenizer.all_special_ids)
@@ -221,6 +221,13 @@ def main():
     optimizer = make_optimizer(policy, value_model, args.learning_rate)
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
+    prompts = [sample.prompt for sample in train[:4]]
+    prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq=False)
+    prompt_ids[0] = prompt_ids[0][: max(1, len(prompt_ids[0]) // 2)]  # one that is shorter than the others
+    try:
+        check_fit(policy, value_model, *datapools.pad(prompt_ids, pad_id, device, left=True), behaviour, pad_id, args)
+    except UsageError as error:
+        fail(error)
     thread = concurrent.futures.ThreadPoolExecutor(1)
     announce(
         run_dir, policy, datapools.describe_lengths(tokenizer, train, args.prompt_length, T), device, args, record, rank
@@ -241,7 +248,7 @@ def main():
         # 1. sample responses; this process has the samples rank, rank + world_size, ... of the batch
         own = range(rank, args.batch_size, world_size)
         positions = [(iteration - 1) * args.batch_size + i for i in own]
-        samples = [train[i] for i in datapools.prompt_order(positions, len(train), args.seed)]
+        samples = train.take(datapools.prompt_order(positions, len(train), args.seed))
         prompts = [sample.prompt for sample in samples]
         prompt_ids = datapools.encode_prompts(
             tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq=False
@@ -281,8 +288,9 @@ def main():
         # 3. log-probs under the policy, whole and masked, and the reference, entropy, and values: one pass each
         logprobs, unmasked_logprobs, ref_logprobs, entropy, values = passes.result()  # (B, T) each, 0 on padding
         sampler_error = total(((sampler_logprobs - logprobs) * mask).abs().sum()) / total(mask.sum())
-        if iteration == 1 and args.dtype == "float32" and args.ratio == "masked":
-            refuse_unlike(sampler_error, error_alone(policy, batch, unmasked_logprobs, behaviour), policy, args)
+        if iteration == 1 and args.dtype == "float32" and args.ratio == "masked" and not sampler_error <= 1e-3:
+            fail(f"{policy.config.model_type} is sampled and scored differently: the tokens' log-probs differ by "
+                 f"{sampler_error:.2g} nats on average, and rounding gives less than 0.001", code=1)  # fmt: skip
         forward_ended = seconds(device)
 
         # 4. per-token rewards: the KL penalty at every token, the score at the last
@@ -542,7 +550,7 @@ class ValueModel(nn.Module):
 
 def value_backbone(policy):
     """A copy of the policy without its language-model head."""
-    return copy.deepcopy(policy.base_model)
+    return copy.deepcopy(policy.get_decoder() if policy.base_model is policy else policy.base_model)
 
 
 def prompt_and_response(query_mask, length):
@@ -723,16 +731,18 @@ def sample_responses(
 def start_decoding(policy, queries, query_mask, length):
     """What decode_step needs for up to `length` tokens, and its first input: the prompts (B, Q)."""
     mask, position_ids = prompt_and_response(query_mask, length)
-    return dict(mask=mask, position_ids=position_ids, cache=None, seen=0), queries
+    return dict(mask=mask, position_ids=position_ids, cache={}, seen=0), queries
 
 
 def decode_step(policy, state, inputs):
     """Logits (B, 1, V) of the next response token; inputs (B, n) are the tokens that the cache has not seen."""
     seen, now = state["seen"], state["seen"] + inputs.shape[1]
-    mask, position_ids = state["mask"][:, :now], state["position_ids"][:, seen:now]
+    recurrent = seen and "past_key_values" not in state["cache"]  # Mamba and RWKV read the mask of what is new
+    mask, position_ids = state["mask"][:, seen if recurrent else 0 : now], state["position_ids"][:, seen:now]
     read = dict(input_ids=inputs, attention_mask=mask, position_ids=position_ids)
-    outputs = forward(policy, **read, past_key_values=state["cache"], use_cache=True, logits_to_keep=1)
-    state |= dict(cache=outputs.get("past_key_values"), seen=now)
+    outputs = forward(policy, **read, **state["cache"], use_cache=True, logits_to_keep=1)
+    names = ("past_key_values", "cache_params", "state")
+    state |= dict(cache={name: outputs[name] for name in names if outputs.get(name) is not None}, seen=now)
     return outputs.logits[:, -1:]
 
 
@@ -743,25 +753,31 @@ def any_running(running, policy):
     return running.any()
 
 
-def error_alone(policy, batch, logprobs, behaviour):
-    """Mean distance (nats) of the log-probs of the most padded row from those that it has alone, without padding."""
-    row = batch["query_lengths"].argmin()
-    alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-    _, mb = next(micro_batches(alone, 1))
-    with torch.no_grad():
-        own = token_logprobs(behaviour_logits(response_logits(policy, mb), 0, **behaviour), mb.responses)
-    return (own - logprobs[row, : own.shape[1]]).abs().mean()
-
-
-def refuse_unlike(sampler_error, alone_error, policy, args):
-    """Ends the run if sampling, one pass, and one pass without padding disagree on the same tokens' log-probs."""
-    alone_error = total(alone_error) / (dist.get_world_size() if dist.is_initialized() else 1)
-    if not max(sampler_error, alone_error) <= 1e-3:
-        fail(
-            f"--model {args.model}: {policy.config.model_type} does not fit this script: between sampling with a cache "
-            f"and one pass its log-probs differ by {sampler_error:.2g} nats per token, between a padded row and the "
-            f"row alone by {alone_error:.2g}; rounding gives less than 0.001",
-            code=1,
+def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args):
+    """UsageError unless sampling with a cache, one pass, and one pass of each row alone give the same, tried on a few
+    prompts (B, Q): a model whose cache, positions or attention do not fit is refused by what it does, not by name."""
+    kind = f"--model {args.model}: {policy.config.model_type} does not fit this script"
+    uniform = torch.full((len(queries), 4), 0.5, device=queries.device)
+    try:
+        with torch.no_grad():
+            responses, mask, sampled, _ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
+            batch = dict(queries=queries, query_mask=query_mask, responses=responses, lengths=mask.sum(1).cpu())
+            batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_mask.sum(1).cpu())
+            rows, figures = torch.arange(len(queries)), torch.zeros(2, *mask.shape, 2, device=mask.device)
+            for where, some in [(0, rows), *((1, row) for row in rows.split(1))]:
+                order, mb = next(micro_batches({name: tensor[some] for name, tensor in batch.items()}, len(some)))
+                logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
+                part = torch.stack([token_logprobs(logits, mb.responses), value_model(mb)], -1)
+                figures[where, some[order], : part.shape[1]] = part
+            beam_search(policy, queries, query_mask, max_new_tokens=2, min_new_tokens=None)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"{kind}: {type(error).__name__}: {error}") from None
+    together, alone = figures[:, mask]  # (tokens, 2) each: log-probs and values of all rows in one pass, and of each
+    errors = (sampled[mask] - together[:, 0]).abs().max(), (alone - together).abs().max()
+    if not max(errors) <= 1e-3:
+        raise UsageError(
+            f"{kind}: log-probs of sampling with a cache and of one pass differ by {errors[0]:.2g} nats, those of a "
+            f"padded row and of the row alone, or the values, by {errors[1]:.2g}; rounding gives less than 0.001"
         )
 
 
@@ -802,12 +818,12 @@ def decode_split(policy, tokenizer, samples, decoding, args, device):
     return [next(part[i] for part in parts if i in part) for i in range(len(samples))]
 
 
-def beam_search(policy, queries, query_mask):
+def beam_search(policy, queries, query_mask, **options):
     """The responses (B, <=T) that transformers' own search finds, as the policy's generation config says."""
     sharded = isinstance(policy, FSDPModule)
     if sharded:
         policy.unshard()  # its embeddings, as generate calls parts of the model by themselves
-    output = policy.generate(input_ids=queries, attention_mask=query_mask.long(), synced_gpus=sharded)
+    output = policy.generate(input_ids=queries, attention_mask=query_mask.long(), synced_gpus=sharded, **options)
     return output[:, 1 if policy.config.is_encoder_decoder else queries.shape[1] :]  # without start token or prompt
 
 
