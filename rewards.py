@@ -1736,8 +1736,10 @@ def load_function(spec: str) -> Callable:
     The file is imported as Python imports it: its folder is on sys.path, it is in sys.modules, and executed only once.
     """
     path, _, name = spec.rpartition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        module = import_file(Path(path).resolve()) if path.endswith(".py") else import_module(path)
+        module = import_file(Path(path).resolve()) if path.endswith(".py") else importlib.import_module(path)
     except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
         raise UsageError(f"{path}: cannot be imported: {describe_error(error)}") from None
     if not callable(getattr(module, name, None)):
@@ -1747,7 +1749,8 @@ def load_function(spec: str) -> Callable:
 
 
 def import_file(file: Path):
-    """The module of a file, under its name from the topmost folder that is a package."""
+    """The module of a file: of the package that its folder is, if it is one, else under the file's name, or, where that
+    is another module's, one with a number."""
     if not file.is_file():
         raise FileNotFoundError(f"no file {str(file)!r}")
     root, parts = file.parent, [file.stem]
@@ -1756,28 +1759,22 @@ def import_file(file: Path):
     for folder in (root, file.parent):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
-    name = ".".join(parts)
-    loaded = sys.modules.get(name)
-    if loaded is None and len(parts) > 1:
-        return importlib.import_module(name)
-    if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() != file:
-        name = f"{file.stem}_{zlib.crc32(str(file).encode()):08x}"  # another module has that name, perhaps this one
-        loaded = sys.modules.get(name)
-    if loaded is None:
+
+    def taken(name, by):
+        return name in sys.modules and Path(getattr(sys.modules[name], "__file__", None) or "").resolve() != by
+
+    if len(parts) > 1 and not taken(parts[0], root / parts[0] / "__init__.py"):
+        return importlib.import_module(".".join(parts))
+    name = f"{file.stem}_{zlib.crc32(str(file).encode()):08x}" if taken(file.stem, file) else file.stem
+    if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
-        loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(loaded)
+            spec.loader.exec_module(sys.modules[name])
         except BaseException:
             del sys.modules[name]
             raise
-    return loaded
-
-
-def import_module(name: str):
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
+    return sys.modules[name]
 
 
 def describe_error(error) -> str:
@@ -1794,6 +1791,8 @@ def checked_options(kind: str, names, typed, defaults, samples) -> dict[str, dic
     options = parse_kwargs(typed, names, defaults)
     looked_at = list(islice(samples, LOOKED_AT))
     for name in names:
+        if list(names).count(name) > 1:
+            raise UsageError(f"{kind} {name!r} is named twice")
         entry = (REWARDS | METRICS if kind == "metric" else REWARDS).get(name, Entry(None))
         for need in entry.needs(options[name]) if callable(entry.needs) else entry.needs:
             if need in ("latin", "spaced"):

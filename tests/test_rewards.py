@@ -389,10 +389,40 @@ def test_errors_name_what_is_right():
     with pytest.raises(UsageError, match="sample 'x1' has none"):
         metrics_of("rouge", samples=[sample(references=[])])
     rewards_of("dates", samples=[sample(references=[])])
+    for make in (rewards_of, metrics_of):
+        with pytest.raises(UsageError, match="'dates' is named twice"):
+            make("dates", "chrf", "dates", samples=[sample()])
     for message in ("roug1", "rouge9"):
         with pytest.raises(UsageError) as error:
             make_reward(message)
         assert "\n" not in str(error.value)
+
+
+def test_types_of_options(tmp_path, modules):
+    for name, options, words in (
+        (
+            "increasing_numbers",
+            {"min_tokens": "many"},
+            "'min_tokens' of 'increasing_numbers' must be of type int, not 'many'",
+        ),
+        ("increasing_numbers", {"min_tokens": True}, "must be of type int, not True"),
+        ("rouge1", {"first_reference": 1}, "must be of type bool, not 1"),
+        ("spider", {"cider_coef": "0,5"}, "must be of type float, not '0,5'"),
+        ("reward_model", {"model": "x", "clip": "5%"}, "must be of type float, not '5%'"),
+        ("reward_model", {"model": "x", "max_length": 0.5}, "must be of type int, not 0.5"),
+        ("classifier", {"model": "x", "label": 1.5}, "must be of type int or str, not 1.5"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            make_reward(name, **options)
+    (tmp_path / "typed_of_mine.py").write_text(
+        "def r(prompts, generations, references, metas, scale: float = 1.0, most: float | None = None):\n"
+        "    return [scale * (most or 1)] * len(metas)\n"
+    )
+    batch = (["p"], ["g"], [["r"]], [{}])
+    assert make_reward(f"{tmp_path}/typed_of_mine.py:r", scale=2, most=None)(*batch) == [2]
+    assert make_reward(f"{tmp_path}/typed_of_mine.py:r", scale=2.0, most=3)(*batch) == [6]
+    with pytest.raises(UsageError, match="must be of type float, not 'big'"):
+        make_reward(f"{tmp_path}/typed_of_mine.py:r", scale="big")
 
 
 def test_ones_own_file(tmp_path):
@@ -755,7 +785,12 @@ def test_files_of_the_same_name(tmp_path, modules):
             )
             made.append(make_reward(f"{tmp_path}/{number}/{name}.py:f"))
             assert make_reward(f"{tmp_path}/{number}/{name}.py:f") is made[-1]
-    assert [f(*columns_of(ROWS[:1], GENERATIONS[:1])) for f in made] == [[4], [7], [5], [8]]
+    package = tmp_path / "rewards"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "own.py").write_text("def f(prompts, generations, references, metas):\n    return [9]\n")
+    made.append(make_reward(f"{package}/own.py:f"))
+    assert [f(*columns_of(ROWS[:1], GENERATIONS[:1])) for f in made] == [[4], [7], [5], [8], [9]]
     assert sys.modules["rewards"] is rewards
 
 

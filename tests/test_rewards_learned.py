@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from datapools import Sample, UsageError
 from rewards import make_metric, make_metrics, make_reward, make_rewards, measure, score_texts
@@ -186,6 +195,30 @@ def test_reward_model_of_chats(folder, tmp_path):
         _, means = score_texts(rewards, [1.0], samples, ["hi"], [[1]])
         wanted = got[1] if text is None else logits_one_by_one(str(folder_of), [text])[0, 0].item()
         assert means["reward_model"] == pytest.approx(wanted, abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_reward_model_of_a_language_model(tmp_path, template):
+    """A decoder reads the score at its last token, also in a padded batch of one without a token for padding."""
+    alphabet = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2, num_labels=1, eos_token_id=0)
+    model = tiny_models.spread(GPT2ForSequenceClassification(config)).eval()
+    model.save_pretrained(tmp_path)
+    prompts, texts = ["say", "say:", "tell me a lot " * 6], [" cat", " a very long answer", " yes"]
+    wholes = [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    if template:  # the space that a causal policy's response begins with is no part of a message
+        wholes = [f"<u>{prompt}</u><a>{text[1:]}</a>" for prompt, text in zip(prompts, texts, strict=True)]
+    expected = [
+        model(input_ids=tokenizer(text, return_tensors="pt").input_ids[:, -64:]).logits.item() for text in wholes
+    ]
+    got = make_reward("reward_model", model=str(tmp_path))(prompts, texts, [[]] * 3, [{}] * 3)
+    assert got == pytest.approx(expected, abs=1e-4) and len(set(np.round(got, 3))) == 3
 
 
 def test_what_is_no_reward_model(folder, tmp_path):
