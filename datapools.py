@@ -1056,6 +1056,28 @@ def parse_kwargs(typed: dict[str, str], names, defaults: dict[str, dict]) -> dic
     return kwargs
 
 
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
+SEARCH = ("do_sample", "num_beams", "length_penalty", "early_stopping", "repetition_penalty", "no_repeat_ngram_size")
+
+
+def decoding_options(task: Task, typed: dict[str, str]) -> dict:
+    """How evaluation decodes: the task's way, with what --decoding says; UsageError for what it does not know."""
+    typed = parse_kwargs(typed, ["decoding"], {})["decoding"]
+    for key in typed:
+        if key not in SAMPLING + SEARCH:
+            known = ", ".join(dict.fromkeys(SAMPLING + SEARCH))
+            raise UsageError(f"--decoding {key}: unknown{nearest(key, SAMPLING + SEARCH)}; known: {known}")
+    if "do_sample" not in typed and typed:  # what is named says which of the two is meant
+        typed["do_sample"] = not any(key in SEARCH for key in typed)
+    decoding = task.generation | typed
+    names = SAMPLING if decoding.get("do_sample") else SEARCH
+    for key in typed:
+        if key not in names:
+            way = "sampling" if decoding.get("do_sample") else "a search"
+            raise UsageError(f"--decoding {key}: not with {way}, whose options are: {', '.join(names[1:])}")
+    return {key: value for key, value in decoding.items() if key in names}
+
+
 def task_options(load: Callable) -> dict[str, type]:
     """What --task-kwargs may give to a loader: name of the option -> its type."""
     parameters = inspect.signature(load).parameters.values()

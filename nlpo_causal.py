@@ -187,7 +187,7 @@ def main():
         making = dict(tokenizer=tokenizer, device=str(device), separator="")
         reward_functions = make_rewards(args.reward, args.reward_kwargs, task.reward_kwargs, train, **making)
         metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
-        decoding = datapools.parse_kwargs(args.decoding, ["decoding"], {"decoding": task.generation})["decoding"]
+        decoding = datapools.decoding_options(task, args.decoding)
         policy = load_policy(args, tokenizer, decoding)
         reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy)
         start_weights = checksum(policy)
@@ -517,7 +517,7 @@ def load_policy(args, tokenizer, decoding):
     try:
         policy, info = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"--model {args.model}: cannot be loaded: {error}") from None
+        raise UsageError(f"--model {args.model}: cannot be loaded: {error!s:.300}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise UsageError(f"--model {args.model}: its files lack weights or have other shapes: {names}")

@@ -174,7 +174,7 @@ def main():
         making = dict(tokenizer=tokenizer, device=str(device), separator=" ")
         reward_functions = make_rewards(args.reward, args.reward_kwargs, task.reward_kwargs, train, **making)
         metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
-        decoding = datapools.parse_kwargs(args.decoding, ["decoding"], {"decoding": task.generation})["decoding"]
+        decoding = datapools.decoding_options(task, args.decoding)
         policy = load_policy(args, tokenizer, decoding)
         reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy)
         start_weights = checksum(policy)
@@ -449,7 +449,7 @@ def load_policy(args, tokenizer, decoding):
     try:
         policy, info = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"--model {args.model}: cannot be loaded: {error}") from None
+        raise UsageError(f"--model {args.model}: cannot be loaded: {error!s:.300}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise UsageError(f"--model {args.model}: its files lack weights or have other shapes: {names}")
@@ -485,10 +485,13 @@ class ValueModel(nn.Module):
 
 def value_backbone(policy):
     """A copy of the policy without its language-model head."""
-    backbone = AutoModel.from_config(policy.config, dtype=torch.float32).eval()
-    missing, _ = backbone.load_state_dict(policy.base_model.state_dict(), strict=False)
-    if missing:
-        raise UsageError(f"{policy.config.model_type} does not fit this script: its backbone has {missing[:2]} besides")
+    try:
+        backbone = AutoModel.from_config(policy.config, dtype=torch.float32).eval()
+        backbone.load_state_dict(
+            {n: w for n, w in policy.base_model.state_dict().items() if n in backbone.state_dict()}
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"{policy.config.model_type} does not fit this script: no backbone: {error!s:.300}") from None
     return backbone
 
 
@@ -496,6 +499,8 @@ def decoder_start(config, generation_config):
     """The id that the decoder reads first: the config's, or BOS where it names none (T5Gemma)."""
     places = (config, generation_config, config.get_text_config(decoder=True))
     ids = [getattr(place, f"{name}_token_id", None) for name in ("decoder_start", "bos") for place in places]
+    if all(token_id is None for token_id in ids):
+        raise UsageError("--model: its config.json needs a decoder_start_token_id, the id that the decoder reads first")
     return next(token_id for token_id in ids if token_id is not None)
 
 
