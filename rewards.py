@@ -61,7 +61,7 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from datapools import UsageError, answers, nearest, offline_if_unreachable, parse_kwargs
+from datapools import UsageError, answers, nearest, offline_if_unreachable, parse_kwargs, position_limit
 
 COMMONGEN_PREFIX = "generate a sentence with: "
 # References come again at every visit of their sample, so what is derived from them is kept, for as many as this.
@@ -361,11 +361,11 @@ def rouge_metric(first_reference: bool = False, tokenize: str = "rouge"):
 @lru_cache(maxsize=1)
 def py_rouge():
     """py-rouge's scorer with NarrativeQA's arguments."""
-    package = importlib.util.find_spec("rouge")
-    if package is None:
+    package = importlib.util.find_spec("rouge")  # the name of another package too
+    if package is None or not Path(package.origin).with_name("wordnet_key_value.txt").exists():
         raise UsageError("rouge_l_max needs the package py-rouge: pip install py-rouge==1.1")
     # Of pkg_resources, which setuptools has no longer, it uses one function, to find its word lists.
-    beside = SimpleNamespace(resource_filename=lambda name, file: str(Path(package.origin).parent / file))
+    beside = SimpleNamespace(resource_filename=lambda name, file: str(Path(package.origin).with_name(file)))
     missing = "pkg_resources" not in sys.modules
     sys.modules.setdefault("pkg_resources", beside)
     try:
@@ -667,9 +667,9 @@ class Cider:
         scorer = self.new_scorer()
         for generation, texts in zip(generations, references, strict=True):
             scorer += (self.line(generation), [self.line(text) for text in texts])
-        # Its compute_score() would count these texts alone; compute_cider() takes the number of samples from the list.
+        # Its compute_score() would count these texts alone; compute_cider() takes the number of samples as the length.
         scorer.document_frequency = frequencies
-        scorer.crefs += [[]] * (samples - len(scorer.crefs))
+        scorer.crefs = type("Split", (list,), {"__len__": lambda self: samples})(scorer.crefs)
         return [float(score) for score in scorer.compute_cider()]
 
 
@@ -975,6 +975,9 @@ def missing_concepts(generation: str, concepts: list[str]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Learned rewards
 # ---------------------------------------------------------------------------------------------------------------------
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
+
+
 def load_pretrained(auto_class, name: str, device: str, reward: str, max_length=None, **tokenizer_options):
     """Tokenizer and model (in eval mode, on the device) by hub name or path, and how many tokens it is to read: those
     that it has positions for, or max_length, if less."""
@@ -985,7 +988,7 @@ def load_pretrained(auto_class, name: str, device: str, reward: str, max_length=
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_options)
         model, loading = auto_class.from_pretrained(name, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{reward}: the model {name!r} cannot be loaded (a hub name or a folder): {reason}") from None
     if loading["missing_keys"]:
@@ -1221,8 +1224,8 @@ def bertscore(
         offline_if_unreachable()
     try:
         scorer = library.BERTScorer(model_type=model_type, num_layers=num_layers, batch_size=batch_size, device=device)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
         raise UsageError(f"bertscore: the model {model_type!r} cannot be loaded: {reason}") from None
     except AssertionError as error:
         raise UsageError(f"bertscore: num_layers {num_layers} for {model_type!r}: {error}") from None
@@ -1483,20 +1486,21 @@ def diversity(window_size: int = 100):
     return metric
 
 
-def perplexity(stride: int = 512, reference_key: str | None = None):
+def perplexity(separator: str, stride: int = 512, reference_key: str | None = None):
     """Perplexity of a causal policy (the `model` passed in) on the references, in one text joined by blank lines.
 
-    stride: tokens scored per window, each seeing as much before it as the model's positions allow; at most those.
+    stride: tokens scored per window, each seeing as much before it as the model's positions allow (2,048 tokens with it
+    at most, as the logits of a whole window are in memory); at most those.
     reference_key: take each sample's text from this key of its meta instead of its references.
     """
+    if separator:  # a decoder-only policy's responses bring their own
+        raise UsageError("perplexity is defined for a decoder-only policy, not for an encoder-decoder")
 
     @torch.no_grad()
-    def metric(prompts, generations, references, metas, model=None, tokenizer=None):
-        if model is None or model.config.is_encoder_decoder:
-            raise UsageError("perplexity is defined for a causal policy only, not for an encoder-decoder")
+    def metric(prompts, generations, references, metas, model, tokenizer):
         texts = [meta[reference_key] for meta in metas] if reference_key else list(chain.from_iterable(references))
         ids = torch.tensor([tokenizer("\n\n".join(texts)).input_ids], dtype=torch.long, device=model.device)
-        window, total = getattr(model.config, "max_position_embeddings", stride), ids.shape[1]
+        window, total = min(position_limit(model.config), 2048), ids.shape[1]
         step = min(stride, window)
         nll = 0.0
         for start in range(0, total, step):

@@ -298,6 +298,10 @@ def test_cider_is_pycocoevalcap(tokenize):
     # a part of the split scores the same, which is why the split is prepared
     assert reward([""] * 5, generations[:5], references[:5], [{}] * 5) == got[:5]
     assert make_reward("cider")([""], generations[:1], references[:1], [{}]) == [0]
+    # and a batch with more texts than the split has samples does too
+    reward.prepare(references[:3])
+    few = reward([""] * 3, generations[:3], references[:3], [{}] * 3)
+    assert reward([""] * 9, generations[:3] * 3, references[:3] * 3, [{}] * 9) == few * 3
 
 
 def naive_lcs(x, y):
@@ -953,6 +957,8 @@ def test_metas_of_the_wrong_type(name, meta, words):
 
 def test_perplexity_of_a_meta():
     metrics_of("perplexity", samples=[sample(references=[], meta={"whole": "text"})], reference_key="whole")
+    with pytest.raises(UsageError, match="decoder-only policy, not for an encoder-decoder"):
+        metrics_of("perplexity", samples=[sample()], separator=" ")
     with pytest.raises(UsageError, match=r"meta\['whole'\] of 'x1' is 3; must be a text"):
         metrics_of("perplexity", samples=[sample(meta={"whole": 3})], reference_key="whole")
     with pytest.raises(UsageError, match="sample 'x1' has none"):
