@@ -416,11 +416,8 @@ def bleu_statistics(generation: str, references: list[str]) -> np.ndarray:
 
 def bleu_from(statistics: np.ndarray) -> float:
     """BLEU of (summed) statistics, 0 if any order has no match."""
-    matches, totals, (length, shortest) = statistics[:4], statistics[4:8], statistics[8:]
-    if not matches.all():
-        return 0.0
-    brevity = 1.0 if length > shortest else math.exp(1 - shortest / length)
-    return brevity * math.exp(np.log(matches / totals).mean())
+    *counts, length, shortest = statistics.tolist()
+    return BLEU.compute_bleu(counts[:4], counts[4:], length, shortest, smooth_method="none").score / 100
 
 
 def bleu():

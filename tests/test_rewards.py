@@ -978,7 +978,8 @@ def test_half_a_character_is_replaced(tmp_path, modules):
     row, _ = measure(metrics_of(*names, samples=samples), samples, [half], None, tokenizer)
     assert row["clean"] == 1 and row["rouge_l_max"] == pytest.approx(1)
     rewards_of(*names[1:-2], names[-1], samples=samples)
-    assert rewards.clean("🍞 日本 a\ufeff") == "🍞 日本 a\ufeff"
+    for text in ("🍞 日本 a\ufeff", "\ufeffa é", "plain"):
+        assert rewards.clean(text) == text
 
 
 CHAT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
