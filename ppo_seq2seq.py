@@ -645,7 +645,7 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, wa
         mask[:, t] = running
         responses[:, t] = tokens.where(running, pad_id)
         logprobs[:, t] = (restricted.gather(1, tokens.unsqueeze(1)).squeeze(1) - total_mass) * running
-        kept_mass[:, t] = (total_mass - logits.logsumexp(-1)).exp() * running
+        kept_mass[:, t] = running if restricted is logits else (total_mass - logits.logsumexp(-1)).exp() * running
         inputs = responses[:, t : t + 1]
         running = running & ~torch.isin(tokens, behaviour["eos"])
         if (t + 1) % ask_every == 0 and not any_running(running, policy):
