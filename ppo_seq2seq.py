@@ -105,6 +105,7 @@ class Args:
     # --- what is learned
     task: str = "cnn_dm"  # a task of datapools.py, or one's own data: a file or folder of `prompt` and `references`
     model: str = "t5-base"  # the policy to start from: a hub name, or a folder of `save_pretrained`
+    value_model: str | None = None  # the critic's backbone, as of a reward model of the same tokens; default: --model's
     reward: tuple[str, ...] = ("rouge1",)  # one or more rewards of rewards.py, or path/to/file.py:function
     reward_weights: tuple[float, ...] | None = None  # a weight for each reward; default: the task's, else 1 each
     reward_kwargs: dict[str, str] = field(default_factory=dict)  # KEY VALUE ...; NAME.KEY addresses one of several
@@ -176,7 +177,7 @@ def main():
         metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
         decoding = datapools.decoding_options(task, args.decoding)
         policy = load_policy(args, tokenizer, decoding)
-        reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy)
+        reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy, args.value_model)
         start_weights = checksum(policy)
         if record.get("start_weights", start_weights) != start_weights:
             raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
@@ -444,15 +445,22 @@ def load_config(args):
         raise UsageError(f"--prompt-length or --response-length {wanted}: {args.model} has {limit} positions")
 
 
-def load_policy(args, tokenizer, decoding):
-    """The policy in float32. Dropout stays off throughout, so that log-probs are a function of the weights."""
+def load_weights(auto_class, flag, name):
+    """A model in float32, dropout off; UsageError if files are broken, or leave any weight at random."""
     try:
-        policy, info = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32, output_loading_info=True)
+        model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"--model {args.model}: cannot be loaded: {error!s:.300}") from None
+        raise UsageError(f"{flag} {name}: cannot be loaded: {error!s:.300}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
-        raise UsageError(f"--model {args.model}: its files lack weights or have other shapes: {names}")
+        raise UsageError(f"{flag} {name}: its files lack weights or have other shapes: {names}")
+    return model.eval()
+
+
+def load_policy(args, tokenizer, decoding):
+    """The policy, with the generation config that evaluation decodes by; without dropout, log-probs are a function of
+    the weights."""
+    policy = load_weights(AutoModelForSeq2SeqLM, "--model", args.model)
     eos = datapools.eos_ids(tokenizer, policy.generation_config)
     # any padding token will do, since masks come from lengths, as long as it has an embedding
     pad_id, embeddings = tokenizer.pad_token_id, policy.get_input_embeddings().weight.shape[0]
@@ -464,15 +472,15 @@ def load_policy(args, tokenizer, decoding):
     tokens |= dict(forced_bos_token_id=args.languages and datapools.language_id(tokenizer, args.languages[1]))
     policy.config.decoder_start_token_id = tokens["decoder_start_token_id"]
     policy.generation_config = GenerationConfig(**tokens, **lengths, **decoding)
-    return policy.eval()
+    return policy
 
 
 class ValueModel(nn.Module):
-    """V(s_t): a backbone of its own, at first the policy's, and a linear head without bias, as in RL4LMs."""
+    """V(s_t): a backbone of its own, at first the policy's or --value-model's, and a linear head without bias."""
 
-    def __init__(self, policy):
+    def __init__(self, policy, name):
         super().__init__()
-        self.backbone = value_backbone(policy)
+        self.backbone = load_weights(AutoModel, "--value-model", name) if name else value_backbone(policy)
         self.head = nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, bias=False)
         nn.init.zeros_(self.head.weight)  # a random head on a trained backbone begins far from every return
 

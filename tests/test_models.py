@@ -96,7 +96,7 @@ def load(kind, seq2seq, folder):
     script.load_config(args)
     policy = script.load_policy(args, datapools.load_tokenizer(str(folder)), {"num_beams": 2})
     torch.manual_seed(1)
-    value_model = script.ValueModel(policy)
+    value_model = script.ValueModel(policy, None)
     torch.nn.init.normal_(value_model.head.weight)
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(4, 99, (n,), generator=generator).tolist() for n in (3, 7, 5, 12)]
