@@ -1744,8 +1744,8 @@ def load_function(spec: str) -> Callable:
     except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
         raise UsageError(f"{path}: cannot be imported: {describe_error(error)}") from None
     if not callable(getattr(module, name, None)):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UsageError(f"{path!r} has no function {name!r}{nearest(name, functions)}")
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        raise UsageError(f"{path!r} has no function {name!r}{nearest(name, own)}; it has: {', '.join(own) or 'none'}")
     return getattr(module, name)
 
 

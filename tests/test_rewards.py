@@ -447,7 +447,7 @@ def test_ones_own_file(tmp_path):
     assert make_reward(f"{path}:long", scale=2.0)(*batch) == [8.0]
     assert make_metric(f"{path}:lengths")(*batch) == {"length": ([4], 1.0)}
     assert make_reward(f"{path}:Held", device="cpu", offset=3.0)(*batch) == [3.0]
-    with pytest.raises(UsageError, match="has no function 'lon'.*did you mean 'long'"):
+    with pytest.raises(UsageError, match="has no function 'lon'.*did you mean 'long'.*; it has: long, lengths, Held$"):
         make_reward(f"{path}:lon")
     with pytest.raises(UsageError, match="has no option 'scal'.*did you mean 'scale'"):
         make_reward(f"{path}:long", scal=2.0)

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import rewards
 from datapools import Sample, UsageError
 from rewards import make_metric, make_metrics, make_reward, make_rewards, measure, score_texts
 
@@ -132,6 +133,15 @@ def test_an_encoder_decoders_response_needs_a_space(folder):
         options = {"model": path, "label": "1"}
         (reward,) = make_rewards(("classifier",), options, {}, samples, byte_tokenizer, "cpu", separator).values()
         assert (reward(["say"], ["cat"], [[]], [{}])[0] == pytest.approx(whole, abs=1e-5)) is same
+
+
+def test_the_intent_of_an_encoder_decoders_response(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(rewards, "classify", lambda *args: read.append(args[-1]) or torch.zeros(len(args[-1]), 4))
+    for separator in (" ", ""):
+        metric = make_metric("intent", model=str(folder / "four"), separator=separator)
+        metric(["a<EOU>how?<EOU>", "how? <EOU>"], ["fine", "fine"], [[]] * 2, [{"intent": 1}] * 2)
+    assert read == [["how? fine", "how? fine"], ["how?fine", "how? fine"]]
 
 
 def byte_tokenizer(text, add_special_tokens=True):
