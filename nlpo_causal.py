@@ -94,7 +94,7 @@ TASK_COLUMNS = (
     "top_mask", "target_update_iterations", "min_tokens_to_keep",
 )  # fmt: skip
 TASK_DEFAULTS = {
-    "numbers dates":                          (64, 4, 80, 3e-4, 0.01, 2.0, 0.95, 5, 20),
+    "numbers dates":                          (64, 4, 80, 2e-4, 0.01, 2.0, 0.95, 5, 20),
     "imdb imdb_seq2seq":                      (32, 4, 50, 2.5e-6, 0.1, 0.1, 0.9, 5, 100),
     "commongen":                              (128, 16, 200, 3e-6, 0.001, 2.0, 0.9, 20, 100),
     "cnn_dm xsum":                            (48, 6, 100, 7e-6, 0.001, 0.2, 0.9, 20, 100),
@@ -937,7 +937,7 @@ def check_args(args):
         (args.fsdp and "perplexity" in args.metrics, "--metrics perplexity: needs the whole model; not with --fsdp"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
-        (given and not args.resume and folder.is_dir() and any(folder.iterdir()), f"--run-dir {folder}: exists; go on "
+        (given and not args.resume and folder.is_dir() and any(f.name not in ("config.json", ".lock") for f in folder.iterdir()), f"--run-dir {folder}: exists; go on "
             "with it by --resume, or name another folder"),
     ]  # fmt: skip
     probability = args.mask_type == "learned_top_p"

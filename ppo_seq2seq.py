@@ -86,7 +86,7 @@ from rewards import make_metrics, make_rewards, measure, score_texts
 # and `dates` are set for the small model of supervised.py.
 TASK_COLUMNS = ("batch_size", "num_minibatches", "num_iterations", "learning_rate", "kl_coef", "target_kl")
 TASK_DEFAULTS = {
-    "numbers dates":                          (64, 4, 60, 3e-4, 0.01, 2.0),
+    "numbers dates":                          (64, 4, 60, 2e-4, 0.01, 2.0),
     "imdb imdb_seq2seq":                      (32, 4, 50, 2.5e-6, 0.1, 0.1),
     "commongen":                              (128, 16, 200, 3e-6, 0.001, 2.0),
     "cnn_dm xsum":                            (48, 6, 100, 7e-6, 0.001, 0.2),
@@ -859,7 +859,7 @@ def check_args(args):
         (args.fsdp and "perplexity" in args.metrics, "--metrics perplexity: needs the whole model; not with --fsdp"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
-        (given and not args.resume and folder.is_dir() and any(folder.iterdir()), f"--run-dir {folder}: exists; go on "
+        (given and not args.resume and folder.is_dir() and any(f.name not in ("config.json", ".lock") for f in folder.iterdir()), f"--run-dir {folder}: exists; go on "
             "with it by --resume, or name another folder"),
     ]  # fmt: skip
     for applies, message in wrong:
