@@ -1801,6 +1801,11 @@ def checked_options(kind: str, names, typed, defaults, samples) -> dict[str, dic
                 continue
             for sample in looked_at:
                 check_sample(f"{kind} {name!r}", need, sample)
+        if name == "ter" and int(os.environ.get("RANK", 0)) == 0:
+            words = np.mean([len(text.split()) for sample in looked_at for text in sample.references])
+            if words > 120:
+                seconds = f"{(words / 250) ** 3:.1f} s each on one core"
+                print(f"{kind} 'ter': references of {words:.0f} words take about {seconds}; see chrf", file=sys.stderr)
     return options
 
 

@@ -917,6 +917,18 @@ def test_languages(language):
     assert rewards_of("cider", samples=samples, tokenize="unicode")["cider"]
 
 
+def test_what_ter_costs_is_said_where_it_is_chosen(capsys, monkeypatch):
+    for words, rank, line in (
+        (250, "0", "metric 'ter': references of 250 words take about 1.0 s"),
+        (250, "1", ""),
+        (60, "0", ""),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        rewards.checked_options("metric", ["ter"], {}, {}, [sample(references=["word " * words])])
+        said = capsys.readouterr().err
+        assert said.startswith(line) and bool(said) is bool(line)
+
+
 def test_words_of_all_languages():
     assert rewards.unicode_words("Für fór, GRÖSSE ﬁ") == ["für", "fór", "grösse", "fi"]
     assert rewards.unicode_words("我爱2024年。Привет, мир! أنا") == ["我", "爱", "2024", "年", "привет", "мир", "أنا"]
