@@ -848,6 +848,7 @@ def check_args(args):
     """Raises UsageError for settings that do not fit each other."""
     processes, folder = int(os.environ.get("WORLD_SIZE", 1)), Path(args.run_dir or "")
     whole, given = args.num_minibatches * processes, args.run_dir is not None
+    begun = folder.is_dir() and any(file.name not in ("config.json", ".lock") for file in folder.iterdir())
     wrong = [
         (args.batch_size % whole, f"--batch-size {args.batch_size}: must be a multiple of --num-minibatches "
             f"{args.num_minibatches} times {processes} processes = {whole}"),
@@ -859,8 +860,7 @@ def check_args(args):
         (args.fsdp and "perplexity" in args.metrics, "--metrics perplexity: needs the whole model; not with --fsdp"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
-        (given and not args.resume and folder.is_dir() and any(f.name not in ("config.json", ".lock") for f in folder.iterdir()), f"--run-dir {folder}: exists; go on "
-            "with it by --resume, or name another folder"),
+        (given and not args.resume and begun, f"--run-dir {folder}: exists; go on with it by --resume, or name another"),
     ]  # fmt: skip
     for applies, message in wrong:
         if applies:
