@@ -951,7 +951,7 @@ def check_args(args):
         (args.fsdp and "perplexity" in args.metrics, "--metrics perplexity: needs the whole model; not with --fsdp"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
-        (given and not args.resume and begun, f"--run-dir {folder}: exists; go on with it by --resume, or name another"),
+        (given and not args.resume and begun, f"--run-dir {folder}: exists; go on by --resume, or name another"),
     ]  # fmt: skip
     probability = args.mask_type == "learned_top_p"
     wrong += [
