@@ -34,6 +34,7 @@ import concurrent.futures
 import contextlib
 import copy
 import fcntl
+import functools
 import inspect
 import io
 import json
@@ -95,7 +96,7 @@ TASK_COLUMNS = (
     "top_mask", "target_update_iterations", "min_tokens_to_keep",
 )  # fmt: skip
 TASK_DEFAULTS = {
-    "numbers dates":                          (64, 4, 80, 2e-4, 0.01, 2.0, 0.95, 5, 20),
+    "numbers dates":                          (64, 4, 80, 3e-4, 0.01, 2.0, 0.95, 5, 20),
     "imdb imdb_seq2seq":                      (32, 4, 50, 2.5e-6, 0.1, 0.1, 0.9, 5, 100),
     "commongen":                              (128, 16, 200, 3e-6, 0.001, 2.0, 0.9, 20, 100),
     "cnn_dm xsum":                            (48, 6, 100, 7e-6, 0.001, 0.2, 0.9, 20, 100),
@@ -599,8 +600,14 @@ def response_logits(policy, mb):
 
 def forward(model, **inputs):
     """The model's outputs; of the inputs it is given those that it takes (BLOOM and MPT find positions themselves)."""
-    parameters = inspect.signature(model.forward).parameters
-    return model(**{name: value for name, value in inputs.items() if name in parameters or "kwargs" in parameters})
+    names = parameter_names(type(model))
+    return model(**{name: value for name, value in inputs.items() if name in names or "kwargs" in names})
+
+
+@functools.cache
+def parameter_names(model_class):
+    """What the forward of a model class takes; looking it up takes as long as a layer of a small model."""
+    return tuple(inspect.signature(model_class.forward).parameters)
 
 
 def head_in_float32(model):

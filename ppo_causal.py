@@ -29,6 +29,7 @@ import concurrent.futures
 import contextlib
 import copy
 import fcntl
+import functools
 import inspect
 import io
 import json
@@ -512,8 +513,14 @@ def response_logits(policy, mb):
 
 def forward(model, **inputs):
     """The model's outputs; of the inputs it is given those that it takes (BLOOM and MPT find positions themselves)."""
-    parameters = inspect.signature(model.forward).parameters
-    return model(**{name: value for name, value in inputs.items() if name in parameters or "kwargs" in parameters})
+    names = parameter_names(type(model))
+    return model(**{name: value for name, value in inputs.items() if name in names or "kwargs" in names})
+
+
+@functools.cache
+def parameter_names(model_class):
+    """What the forward of a model class takes; looking it up takes as long as a layer of a small model."""
+    return tuple(inspect.signature(model_class.forward).parameters)
 
 
 def head_in_float32(model):

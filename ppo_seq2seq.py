@@ -29,6 +29,7 @@ import concurrent.futures
 import contextlib
 import copy
 import fcntl
+import functools
 import inspect
 import io
 import json
@@ -86,7 +87,7 @@ from rewards import make_metrics, make_rewards, measure, score_texts
 # and `dates` are set for the small model of supervised.py.
 TASK_COLUMNS = ("batch_size", "num_minibatches", "num_iterations", "learning_rate", "kl_coef", "target_kl")
 TASK_DEFAULTS = {
-    "numbers dates":                          (64, 4, 60, 2e-4, 0.01, 2.0),
+    "numbers dates":                          (64, 4, 60, 3e-4, 0.01, 2.0),
     "imdb imdb_seq2seq":                      (32, 4, 50, 2.5e-6, 0.1, 0.1),
     "commongen":                              (128, 16, 200, 3e-6, 0.001, 2.0),
     "cnn_dm xsum":                            (48, 6, 100, 7e-6, 0.001, 0.2),
@@ -528,8 +529,14 @@ def response_logits(policy, mb):
 
 def forward(model, **inputs):
     """The model's outputs; of the inputs it is given those that it takes (BLOOM and MPT find positions themselves)."""
-    parameters = inspect.signature(model.forward).parameters
-    return model(**{name: value for name, value in inputs.items() if name in parameters or "kwargs" in parameters})
+    names = parameter_names(type(model))
+    return model(**{name: value for name, value in inputs.items() if name in names or "kwargs" in names})
+
+
+@functools.cache
+def parameter_names(model_class):
+    """What the forward of a model class takes; looking it up takes as long as a layer of a small model."""
+    return tuple(inspect.signature(model_class.forward).parameters)
 
 
 def head_in_float32(model):
