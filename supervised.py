@@ -150,11 +150,13 @@ def main():
         task, device = datapools.get_task(args.task), local_device()
         train, val, test = datapools.load_splits(args.task, args.data, args.task_kwargs, args.chat)
         # a new model's tokenizer is made by one process for all; else metrics start their workers before they join
-        scratch, start = args.model == "scratch", args
-        joined = join_processes(device) if scratch else None
-        if scratch:
-            start = replace(args, model=make_scratch_model(args, train))
+        start, joined = args, None
+        if args.model == "scratch":
+            joined, folder = join_processes(device), tempfile.TemporaryDirectory(prefix="scratch_")
+            make_scratch_model(args, train, folder.name)
+            start = replace(args, model=folder.name)
         config = load_config(start)
+        args.policy_type = "seq2seq" if config.is_encoder_decoder else "causal"
         tokenizer = datapools.load_tokenizer(start.model, args.languages)
         making = dict(tokenizer=tokenizer, device=str(device), separator=" " if config.is_encoder_decoder else "")
         metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
@@ -167,8 +169,6 @@ def main():
         if record.get("start_weights", start_weights) != start_weights:
             raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
         rank, world_size = joined or join_processes(device)
-        if scratch:
-            shutil.rmtree(start.model)
         wandb_id = record.get("wandb_id", secrets.token_hex(4))
         record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
         run_dir = open_run_dir(args, record, rank)
@@ -179,6 +179,7 @@ def main():
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
     seq2seq, pad_id = config.is_encoder_decoder, policy.generation_config.pad_token_id
     eos = torch.tensor(policy.generation_config.eos_token_id).to(device)
+    eos_id = eos[0].item() if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # of several, the tokenizer's
     behaviour = dict(temperature=1.0, min_response_length=args.min_response_length, eos=eos)
     behaviour |= dict(forced_bos=policy.generation_config.forced_bos_token_id)
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -234,7 +235,7 @@ def main():
         positions = [(iteration - 1) * args.batch_size + i for i in range(rank, args.batch_size, world_size)]
         prompts, references = pairs.take(datapools.prompt_order(positions, len(pairs), args.seed))
         prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
-        targets = encode_references(tokenizer, references, args.response_length, seq2seq, eos[0].item(), args.languages)
+        targets = encode_references(tokenizer, references, args.response_length, seq2seq, eos_id, args.languages)
         queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)  # (B, Q)
         responses, mask = datapools.pad(targets, pad_id, device)  # (B, T)
         query_lengths, lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (prompt_ids, targets))  # (B,)
@@ -318,7 +319,6 @@ def encode_references(tokenizer, texts, max_length, seq2seq, eos_id, languages):
     may read <s> first (BART), or the target language."""
     plain = not seq2seq or languages
     before = [datapools.language_id(tokenizer, languages[1])] if seq2seq and languages else []
-    eos_id = eos_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # of several, the tokenizer's
     rows = tokenizer(text_target=list(texts), add_special_tokens=not plain, verbose=False).input_ids
     rows = [[*before, *(row[:-1] if row and row[-1] == eos_id else row), eos_id] for row in rows]
     return [row[:max_length] for row in rows]
@@ -329,9 +329,9 @@ def masked_nll(logits, responses, mask):
     return -(token_logprobs(logits, responses) * mask).sum()
 
 
-def make_scratch_model(args, samples):
-    """A new folder with a small T5 or GPT-2 of random weights, and its tokenizer, which rank 0 trains for all; the same
-    seed and texts give the same."""
+def make_scratch_model(args, samples, folder):
+    """Writes a small T5 or GPT-2 of random weights, and its tokenizer, which rank 0 trains for all; the same seed and
+    texts give the same."""
     rank, made = int(os.environ.get("RANK", 0)), [None]
     if rank == 0:
         made = [train_tokenizer(samples, args.scratch_vocab_size, args.policy_type == "seq2seq").to_str()]
@@ -352,10 +352,8 @@ def make_scratch_model(args, samples):
         positions = args.prompt_length + args.response_length
         config = transformers.GPT2Config(**tokens, **sizes, n_positions=positions, bos_token_id=1)
         model = transformers.GPT2LMHeadModel(config)
-    folder = tempfile.mkdtemp(prefix="scratch_")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
 
 
 def train_tokenizer(samples, vocab_size, ends_with_eos):
