@@ -153,6 +153,8 @@ def shortened(command):
     if "--num-iterations" in words:
         place = words.index("--num-iterations") + 1
         words[place] = {"0": "0"}.get(words[place], "2" if "--resume" in words else "1")
+    if "--num-epochs" in words:
+        words[words.index("--num-epochs") + 1] = "2"
     short = {} if "--resume" in words else SHORT | {"--num-iterations": 1}
     for flag, value in short.items():
         if flag in flags_of(script) - set(words):
@@ -169,6 +171,9 @@ def test_commands_run(name, tmp_path):
     """Every command of the page, in its order; what supervised.py would make is there, but on its own page."""
     if name != "supervised":
         save_models(tmp_path)
+    for rows_of in blocks(name, "json"):  # of a file that the text before it names; twenty rows are split
+        file = re.findall(r"`(\w+\.jsonl)`:\n\n```json\n" + re.escape(rows_of), page(name))[0]
+        (tmp_path / file).write_text(rows_of * 10)
     assert commands(name)
     for command in commands(name):
         folder = re.search(r"--run-dir (\S+)", command)[1]
