@@ -6,6 +6,7 @@ The update is executed as it stands in the script (script_steps.run_steps), on r
 import copy
 import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,37 +59,34 @@ def tiny_policy(kind):
 def rollout(kind, min_response_length=0, temperature=1.0, **settings):
     """The variables that step 6 finds, with random responses of different lengths and random advantages."""
     policy = tiny_policy(kind)
-    left = not policy.config.is_encoder_decoder
-    value_model = trpo.ValueModel(trpo.value_backbone(policy))
-    behaviour = dict(temperature=temperature, min_response_length=min_response_length, eos_id=EOS)
-    agent, generator = trpo.Agent(policy, value_model, behaviour), torch.Generator().manual_seed(1)
-    response_lengths = torch.tensor([5, 2, 4, 5, 3, 5])
-    response_mask = torch.arange(T) < response_lengths.unsqueeze(1)
-    query_lengths = torch.tensor([4, 1, 3, 2, 4, 2])
+    value_model = trpo.ValueModel(policy, None)
+    torch.nn.init.normal_(value_model.head.weight)
+    behaviour = dict(temperature=temperature, min_response_length=min_response_length, eos=torch.tensor([EOS]))
+    actor, generator = trpo.BehaviourPolicy(policy, behaviour), torch.Generator().manual_seed(1)
+    lengths, query_lengths = torch.tensor([5, 2, 4, 5, 3, 5]), torch.tensor([4, 1, 3, 2, 4, 2])
+    mask = torch.arange(T) < lengths.unsqueeze(1)
     query_mask = torch.arange(Q) < query_lengths.unsqueeze(1)
-    query_mask = query_mask.flip(1) if left else query_mask
+    query_mask = query_mask if policy.config.is_encoder_decoder else query_mask.flip(1)
     queries = torch.randint(2, VOCAB, (B, Q), generator=generator).masked_fill(~query_mask, 0)
-    responses = torch.randint(2, VOCAB, (B, T), generator=generator).masked_fill(~response_mask, 0)
+    responses = torch.randint(2, VOCAB, (B, T), generator=generator).masked_fill(~mask, 0)
+    batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask, lengths=lengths)
+    batch |= dict(query_starts=query_mask.int().argmax(1), query_lengths=query_lengths)
     with torch.no_grad():
-        logprobs, _, values = agent(queries, query_mask, responses, with_entropy=False)
-    advantages = torch.randn(B, T, generator=generator).masked_fill(~response_mask, 0.0)
+        logprobs = trpo.token_logprobs(actor(SimpleNamespace(**batch)), responses).masked_fill(~mask, 0.0)
+        values = value_model(SimpleNamespace(**batch)).masked_fill(~mask, 0.0)
+    advantages = torch.randn(B, T, generator=generator).masked_fill(~mask, 0.0)
     return dict(
-        args=trpo.Args(**{name: value for name, value in (SETTINGS | settings).items()}), iteration=7, rank=0,
-        world_size=1, device=torch.device("cpu"), B=B, left=left, autocast=NO_AUTOCAST, queries=queries,
-        query_mask=query_mask, query_lengths=query_lengths, responses=responses, response_mask=response_mask,
-        response_lengths=response_lengths, logprobs=logprobs.masked_fill(~response_mask, 0.0), policy=policy,
-        value_model=value_model, critic=value_model, agent=agent,
-        actor=trpo.BehaviourPolicy(policy, behaviour), advantages=advantages,
-        returns=advantages + values.masked_fill(~response_mask, 0.0),
-        optimizer=torch.optim.Adam(value_model.parameters(), lr=0.01),
+        args=trpo.Args(**(SETTINGS | settings)), iteration=7, rank=0, world_size=1, device=torch.device("cpu"), B=B,
+        autocast=NO_AUTOCAST, batch=batch, mask=mask, responses=responses, logprobs=logprobs, policy=policy,
+        value_model=value_model, actor=actor, parameters=dict(actor.named_parameters()), advantages=advantages,
+        returns=advantages + values, optimizer=torch.optim.Adam(value_model.parameters(), lr=0.01),
     )  # fmt: skip
 
 
 def all_logits(variables, policy=None):
     """Behaviour logits (tokens, V) of all response tokens, in one pass over all rows."""
     actor = trpo.BehaviourPolicy(policy or variables["policy"], variables["actor"].behaviour)
-    inputs = (variables["queries"], variables["query_mask"], variables["responses"])
-    return actor(*inputs)[variables["response_mask"]]
+    return actor(SimpleNamespace(**variables["batch"]))[variables["mask"]]
 
 
 def dense_fisher(variables):
@@ -107,26 +105,25 @@ def dense_fisher(variables):
 
 
 def fisher_batches(variables, size):
-    rows = torch.arange(B).split(size)
-    lengths = variables["query_lengths"], variables["responses"], variables["response_lengths"]
-    batches = [
-        trpo.micro_batch(r, variables["queries"], variables["query_mask"], *lengths, variables["left"]) for r in rows
-    ]
-    return [(batch, variables["response_mask"][r, : batch[2].shape[1]]) for batch, r in zip(batches, rows, strict=True)]
+    return [mb for _, mb in trpo.micro_batches(variables["batch"], size)]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5", "llama"])
 def test_fisher_vector_product(kind):
     """Against the dense matrix, with a temperature and with EOS banned from the first two positions."""
     variables = rollout(kind, min_response_length=2, temperature=0.8)
-    fisher, num_tokens = dense_fisher(variables), variables["response_mask"].sum()
+    fisher, num_tokens = dense_fisher(variables), variables["mask"].sum()
     assert len(fisher) < 900
     product = functools.partial(
-        trpo.fisher_vector_product, actor=variables["actor"], num_tokens=num_tokens, autocast=NO_AUTOCAST
+        trpo.fisher_vector_product,
+        actor=variables["actor"],
+        parameters=variables["parameters"],
+        num_tokens=num_tokens,
+        autocast=NO_AUTOCAST,
     )
     for seed, damping, size in ((0, 0.0, 6), (1, 0.1, 4), (2, 0.0, 1)):
         vector = torch.randn(len(fisher), generator=torch.Generator().manual_seed(seed))
-        got = product(vector, micro_batches=fisher_batches(variables, size), damping=damping)
+        got = product(vector, mbs=fisher_batches(variables, size), damping=damping)
         wanted = fisher @ vector.double() + damping * vector
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
     assert all(p.grad is None for p in variables["policy"].parameters())
@@ -136,9 +133,11 @@ def test_fisher_vector_product_in_bfloat16():
     """Under autocast the product is near the exact one, and float32."""
     variables = rollout("gpt2")
     fisher, vector = dense_fisher(variables), torch.randn(sum(p.numel() for p in variables["policy"].parameters()))
-    batches, num_tokens = fisher_batches(variables, 6), variables["response_mask"].sum()
+    batches, num_tokens = fisher_batches(variables, 6), variables["mask"].sum()
     autocast = NO_AUTOCAST | dict(enabled=True)
-    got = trpo.fisher_vector_product(vector, variables["actor"], batches, num_tokens, 0.0, autocast)
+    got = trpo.fisher_vector_product(
+        vector, variables["actor"], variables["parameters"], batches, num_tokens, 0.0, autocast
+    )
     wanted = fisher @ vector.double()
     assert got.dtype == torch.float32
     assert (got - wanted).norm() < 0.05 * wanted.norm()
@@ -166,7 +165,12 @@ def test_an_accepted_step(kind, settings):
     variables = rollout(kind, min_response_length=2, **settings)
     old = copy.deepcopy(variables["policy"])
     after = run_steps("trpo", 6, 6, **variables)
-    mask, args = variables["response_mask"], variables["args"]
+    torch.testing.assert_close(  # the policy has taken just this step
+        trpo.flatten(variables["policy"].parameters()),
+        trpo.flatten(old.parameters()) + after["step_size"] * after["direction"],
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+    mask, args = variables["mask"], variables["args"]
     with torch.no_grad():
         old_logits, new_logits = all_logits(variables, old).double(), all_logits(variables).double()
     p, q = F.softmax(old_logits, -1), F.softmax(new_logits, -1)
@@ -238,6 +242,36 @@ def test_graphs_do_not_outlive_their_micro_batch():
     variables["actor"].forward = functools.partial(counted, variables["actor"])
     run_steps("trpo", 6, 6, **variables)
     assert most <= 4  # of the micro-batch before, not yet let go: old and new
+
+
+def test_warming_up():
+    """At first the critic alone learns."""
+    variables = rollout("gpt2", value_warmup_iterations=7)
+    before, critic = (copy.deepcopy(variables[name].state_dict()) for name in ("policy", "value_model"))
+    run_steps("trpo", 6, 6, **variables)
+    assert all(torch.equal(before[name], tensor) for name, tensor in variables["policy"].state_dict().items())
+    assert any(not torch.equal(critic[name], tensor) for name, tensor in variables["value_model"].state_dict().items())
+
+
+def test_no_forward_derivatives():
+    """A model with an operation that knows no dual numbers is refused in one line, another is not."""
+    variables = rollout("gpt2")
+    given = variables["actor"], variables["parameters"], variables["batch"]["queries"], variables["batch"]["query_mask"]
+    args = SimpleNamespace(model="some/model", dtype="float32")
+    trpo.check_derivatives(*given, args)
+
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    variables["policy"].transformer.ln_f.register_forward_hook(lambda module, inputs, output: Plain.apply(output))
+    with pytest.raises(trpo.UsageError, match="some/model: gpt2 does not fit this script: TRPO needs forward"):
+        trpo.check_derivatives(*given, args)
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
