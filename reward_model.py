@@ -117,6 +117,7 @@ def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
     signals = note_signals()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # that the head is new is as it should be
     try:
         args, record = parse_args(sys.argv[1:], "causal")
         device = local_device()
@@ -127,10 +128,10 @@ def main():
         labels = find_labels(args.task, train)  # None: pairs
         datapools.model_config(args.model)  # says what is wrong with a folder or name
         tokenizer = datapools.load_tokenizer(args.model)
-        model = Scorer(args, tokenizer, labels)
-        set_lengths(tokenizer, model.backbone.config, args.max_length)
         for sample in [*train[:1000], *val[:1000], *test[:1000]]:
             texts_of(sample, labels, tokenizer, args.separator)
+        model = Scorer(args, tokenizer, labels)
+        set_lengths(tokenizer, model.backbone.config, args.max_length)
         start_weights = checksum(model)
         if record.get("start_weights", start_weights) != start_weights:
             raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")

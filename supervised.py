@@ -330,30 +330,31 @@ def masked_nll(logits, responses, mask):
 
 
 def make_scratch_model(args, samples, folder):
-    """Writes a small T5 or GPT-2 of random weights, and its tokenizer, which rank 0 trains for all; the same seed and
-    texts give the same."""
-    rank, made = int(os.environ.get("RANK", 0)), [None]
-    if rank == 0:
-        made = [train_tokenizer(samples, args.scratch_vocab_size, args.policy_type == "seq2seq").to_str()]
+    """Fills this process's folder with a small T5 or GPT-2 of random weights and its tokenizer, which rank 0 makes for
+    all; the same seed and texts give the same."""
+    files, folder = [None], Path(folder)
+    if int(os.environ.get("RANK", 0)) == 0:
+        trained = train_tokenizer(samples, args.scratch_vocab_size, args.policy_type == "seq2seq")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, pad_token="<pad>", eos_token="</s>")
+        torch.manual_seed(args.seed)
+        tokens = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
+        if args.policy_type == "seq2seq":
+            sizes = dict(d_model=args.scratch_width, num_layers=args.scratch_layers, num_heads=args.scratch_heads)
+            sizes |= dict(d_kv=args.scratch_width // args.scratch_heads, d_ff=4 * args.scratch_width)
+            config = transformers.T5Config(**tokens, **sizes, decoder_start_token_id=0)
+            model = transformers.T5ForConditionalGeneration(config)
+        else:
+            sizes = dict(n_embd=args.scratch_width, n_layer=args.scratch_layers, n_head=args.scratch_heads)
+            positions = args.prompt_length + args.response_length
+            config = transformers.GPT2Config(**tokens, **sizes, n_positions=positions, bos_token_id=1)
+            model = transformers.GPT2LMHeadModel(config)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        files = [{file.name: file.read_bytes() for file in folder.iterdir()}]
     if dist.is_initialized():
-        dist.broadcast_object_list(made)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(made[0]), pad_token="<pad>", eos_token="</s>"
-    )
-    torch.manual_seed(args.seed)
-    tokens = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1)
-    if args.policy_type == "seq2seq":
-        sizes = dict(d_model=args.scratch_width, num_layers=args.scratch_layers, num_heads=args.scratch_heads)
-        sizes |= dict(d_kv=args.scratch_width // args.scratch_heads, d_ff=4 * args.scratch_width)
-        config = transformers.T5Config(**tokens, **sizes, decoder_start_token_id=0)
-        model = transformers.T5ForConditionalGeneration(config)
-    else:
-        sizes = dict(n_embd=args.scratch_width, n_layer=args.scratch_layers, n_head=args.scratch_heads)
-        positions = args.prompt_length + args.response_length
-        config = transformers.GPT2Config(**tokens, **sizes, n_positions=positions, bos_token_id=1)
-        model = transformers.GPT2LMHeadModel(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        dist.broadcast_object_list(files)
+    for name, content in files[0].items():
+        (folder / name).write_bytes(content)
 
 
 def train_tokenizer(samples, vocab_size, ends_with_eos):
