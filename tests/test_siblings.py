@@ -12,48 +12,42 @@ import sys
 import pytest
 from script_runs import ALL_SCRIPTS, ROOT, SCRIPTS, fields
 
+import datapools
+
 OURS = {"datapools", "rewards"}
+ALL = (*ALL_SCRIPTS, "reward_model")
+NAMES = [*SCRIPTS, *(["reward_model"] if "\ndef main():" in (ROOT / "reward_model.py").read_text() else [])]
+RL = [name for name in SCRIPTS if name != "supervised"]
+EITHER = {"a2c", "trpo", "grpo", "supervised"}
+NLPO = {"nlpo_seq2seq", "nlpo_causal"}
 # Scripts of one policy type, and those that know both
-GROUPS = [{"ppo_seq2seq", "nlpo_seq2seq"}, {"ppo_causal", "nlpo_causal"}, {"a2c", "trpo", "supervised"}]
+GROUPS = [{"ppo_seq2seq", "nlpo_seq2seq"}, {"ppo_causal", "nlpo_causal"}, EITHER]
 # Functions that touch the model: the same within each group
-BY_POLICY_TYPE = {
-    "build_scratch_model",
-    "load_config",
-    "load_model",
-    "start_decoding",
-    "decode_step",
-    "response_logits",
-    "response_hidden",
-    "beam_search",
-    "decode_split",
-    "micro_batch",
-}
+BY_POLICY_TYPE = {"load_config", "load_policy", "value_backbone", "response_pass", "start_decoding", "decode_step"}
 # Functions of an algorithm: the scripts in which they may stand otherwise
 BY_ALGORITHM = {
-    "check_args": {"nlpo_seq2seq", "nlpo_causal", "a2c", "trpo", "supervised"},
-    "parse_args": {"supervised"},
-    "Agent": {"nlpo_seq2seq", "nlpo_causal", "trpo"},
-    "make_optimizer": {"a2c", "trpo"},
-    "sample_responses": {"nlpo_seq2seq", "nlpo_causal"},
-    "decode_split": {"nlpo_seq2seq", "nlpo_causal"},
-    "Args": set(ALL_SCRIPTS),  # field by field, below
+    "check_args": {*NLPO, "a2c", "trpo", "grpo", "supervised", "reward_model"},
+    "parse_args": {"supervised", "reward_model"},
+    "make_optimizer": {"supervised", "reward_model", "a2c", "grpo"},
+    "sample_responses": NLPO,
+    "rollout_passes": {*NLPO, "grpo"},
+    "main": set(ALL),
+    "Args": set(ALL),  # field by field, below
 }
-# Fields of Args that differ on purpose
+# Fields of Args whose default or text differs on purpose; texts are compared among RL scripts only
 BY_SCRIPT_FIELDS = {
     "task": {"default"},  # what the policy type is usually shown on
-    "model": {"default", "doc"},
-    "batch_size": {"default", "doc"},
+    "model": {"default"},
+    "batch_size": {"default"},
     "learning_rate": {"default", "doc"},
     "max_grad_norm": {"default", "doc"},
     "norm_adv": {"doc"},  # over what
+    "seed": {"doc"},
     "fsdp": {"doc"},  # which models
+    "anneal_lr": {"default"},
+    "num_epochs": {"default"},
     "eval_every": {"default"},
     "save_every": {"default"},
-    "scratch_layers": {"doc"},
-    "update_epochs": {"default", "doc"},
-    "num_iterations": {"default"},
-    "vf_coef": {"default", "doc"},
-    "num_minibatches": {"default", "doc"},
 }
 
 
@@ -72,32 +66,32 @@ def definitions(name):
     return found
 
 
-def main_loop(name):
-    """The text of the script from `if __name__ ...` on."""
-    return source(name).split('\nif __name__ == "__main__":\n')[1]
+def main_of(name):
+    """The text of the script's main()."""
+    return definitions(name)["main"]
 
 
 def documented_fields(name):
-    """Name -> (type, docstring, default) of each field of Args, as written."""
+    """Name -> (type, comment, default) of each field of Args, as written."""
+    text = source(name).splitlines()
     node = next(n for n in ast.parse(source(name)).body if isinstance(n, ast.ClassDef) and n.name == "Args")
     found = {}
-    for field, doc in itertools.pairwise([*node.body, None]):
+    for field in node.body:
         if isinstance(field, ast.AnnAssign):
-            documented = isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
-            text = doc.value.value if documented else ""
+            comment = " ".join(re.findall("  # .*", "\n".join(text[field.lineno - 1 : field.end_lineno])))
             found[field.target.id] = {
                 "type": ast.unparse(field.annotation),
-                "doc": text,
+                "doc": comment.strip().removeprefix("#").strip(),
                 "default": ast.unparse(field.value),
             }
     return found
 
 
 def test_same_names_are_the_same_text():
-    texts = {name: definitions(name) for name in SCRIPTS}
+    texts = {name: definitions(name) for name in NAMES}
     assert min(map(len, texts.values())) > 20
     differing = []
-    for one, two in itertools.combinations(SCRIPTS, 2):
+    for one, two in itertools.combinations(NAMES, 2):
         for name in texts[one].keys() & texts[two].keys():
             same_group = any({one, two} <= group for group in GROUPS)
             free = name in BY_POLICY_TYPE and not same_group
@@ -109,16 +103,27 @@ def test_same_names_are_the_same_text():
 
 def test_lists_of_exceptions_are_no_longer_than_needed():
     """An exception whose texts are the same everywhere is one that hides the next slip."""
-    texts = {name: definitions(name) for name in SCRIPTS}
-    for name in BY_POLICY_TYPE | set(BY_ALGORITHM):
-        versions = {texts[script][name] for script in SCRIPTS if name in texts[script]}
-        assert len(versions) > 1 or len(SCRIPTS) < len(ALL_SCRIPTS), f"{name} is the same everywhere"
+    texts = {name: definitions(name) for name in NAMES}
+    for name in BY_POLICY_TYPE:
+        for one, two in itertools.combinations(GROUPS, 2):
+            versions = [{texts[s][name] for s in group & set(NAMES) if name in texts[s]} for group in (one, two)]
+            assert not (versions[0] & versions[1]), f"{name} is the same in {one} and {two}"
+    for name, scripts in BY_ALGORITHM.items():
+        for script in scripts & set(NAMES):
+            others = {texts[s][name] for s in NAMES if s not in scripts and name in texts[s]}
+            assert texts[script].get(name) not in others, f"{name} of {script} is that of the others"
+    written = {name: documented_fields(name) for name in NAMES}
+    for field, parts in BY_SCRIPT_FIELDS.items():
+        for part in parts:
+            among = RL if part == "doc" else NAMES
+            versions = {written[name][field][part] for name in among if field in written[name]}
+            assert len(versions) > 1 or len(NAMES) < len(ALL), f"{part} of {field} is the same everywhere"
 
 
 def test_helpers_stand_in_the_same_order():
     """A reader finds a helper in the same place of every script, and a diff shows only what differs."""
-    orders = {name: list(definitions(name)) for name in SCRIPTS}
-    for one, two in itertools.combinations(SCRIPTS, 2):
+    orders = {name: list(definitions(name)) for name in NAMES}
+    for one, two in itertools.combinations(NAMES, 2):
         shared = set(orders[one]) & set(orders[two])
         assert [n for n in orders[one] if n in shared] == [n for n in orders[two] if n in shared], f"{one} and {two}"
 
@@ -136,34 +141,34 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "supervised"])
+@pytest.mark.parametrize("script", RL)
 def test_steps_of_the_loop_are_in_order(script):
-    steps = re.findall(r"^        # (\d)\. (.+)$", main_loop(script), re.M)
+    steps = re.findall(r"^        # (\d)\. (.+)$", main_of(script), re.M)
     assert [int(number) for number, _ in steps] == list(range(1, 10))
     for (_, text), start in zip(steps, STEPS, strict=True):
         assert text.startswith(start), f"step {text!r} is not {start!r}"
 
 
 def test_shared_steps_have_the_same_words():
-    """Steps 1 to 5 and 7 to 9 say the same in every script of one policy type; only the update has words of its own."""
+    """Steps 1 to 4 and 7 to 9 begin with the same words in every script; advantages and update are an algorithm's own."""
     for group in GROUPS:
         titles = {}
-        for script in group & set(SCRIPTS) - {"supervised"}:
-            for number, text in re.findall(r"^        # (\d)\. (.+)$", main_loop(script), re.M):
-                titles.setdefault(number, set()).add(text.split(";")[0].split(":")[0].split(",")[0])
-        several = {number: texts for number, texts in titles.items() if len(texts) > 1 and number != "6"}
+        for script in group & set(RL):
+            for number, text in re.findall(r"^        # (\d)\. (.+)$", main_of(script), re.M):
+                titles.setdefault(number, set()).add(re.split("[;:,]| under", text)[0])
+        several = {number: texts for number, texts in titles.items() if len(texts) > 1 and number not in "56"}
         assert not several, several
 
 
 def test_args_agree():
-    documented = {name: documented_fields(name) for name in SCRIPTS}
+    documented = {name: documented_fields(name) for name in NAMES}
     differing = []
     for name, args in documented.items():
-        differing += [f"{name}: --{field} has no docstring" for field, told in args.items() if not told["doc"].strip()]
-    for one, two in itertools.combinations(SCRIPTS, 2):
+        differing += [f"{name}: --{field} says nothing" for field, told in args.items() if not told["doc"].strip()]
+    for one, two in itertools.combinations(NAMES, 2):
         for field in documented[one].keys() & documented[two].keys():
             for part in ("type", "doc", "default"):
-                free = part in BY_SCRIPT_FIELDS.get(field, ())
+                free = part in BY_SCRIPT_FIELDS.get(field, ()) or (part == "doc" and not {one, two} <= set(RL))
                 if not free and documented[one][field][part] != documented[two][field][part]:
                     differing.append(f"{part} of {field}: {one} and {two}")
         orders = [
@@ -174,7 +179,7 @@ def test_args_agree():
     assert not differing, "\n".join(differing)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", NAMES)
 def test_nothing_of_ours_is_imported_but_the_two(script):
     modules = {path.stem for path in ROOT.glob("*.py")}
     for node in ast.walk(ast.parse(source(script))):
@@ -185,14 +190,16 @@ def test_nothing_of_ours_is_imported_but_the_two(script):
         assert not {name.split(".")[0] for name in names} & (modules - OURS)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", NAMES)
 def test_helpers_read_no_name_of_main(script):
     """A name that only main assigns is no global of a helper: helpers take what they use as arguments."""
     tree = ast.parse(source(script))
-    main = next(node for node in tree.body if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test))
+    main = next(node for node in tree.body if getattr(node, "name", "") == "main")
     top = [node for node in tree.body if node is not main]
     assigned = {n.id for n in ast.walk(main) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     known = {n.id for node in top if isinstance(node, ast.Assign) for n in ast.walk(node) if isinstance(n, ast.Name)}
+    known |= {node.name for node in top if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    known |= {a.asname or a.name for n in top if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
     for function in [node for node in top if isinstance(node, ast.FunctionDef | ast.ClassDef)]:
         nodes = list(ast.walk(function))
         own = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
@@ -201,7 +208,7 @@ def test_helpers_read_no_name_of_main(script):
         assert not used & assigned, f"{function.name} reads {used & assigned}"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", NAMES)
 def test_no_silent_fallbacks(script):
     """Never `except Exception`, never a bare `except`, and nesting of six levels at most."""
     tree = ast.parse(source(script))
@@ -211,7 +218,7 @@ def test_no_silent_fallbacks(script):
                 re.findall(r"\w+", ast.unparse(node.type))
             )
     deepest = max(
-        len(line) - len(line.lstrip()) for line in main_loop(script).splitlines() if re.match(r" +\w+.*:$", line)
+        len(line) - len(line.lstrip()) for line in source(script).splitlines() if re.match(r" +\w+.*:$", line)
     )
     assert deepest / 4 <= 6, f"a block begins at level {deepest / 4:.0f}"
 
@@ -227,6 +234,12 @@ def help_of(script, monkeypatch, *words):
     return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", out.getvalue()).split())
 
 
+def row_of(module, task):
+    """The row of the script's table that has this task."""
+    (row,) = (row for tasks, row in module.TASK_DEFAULTS.items() if task in tasks.split())
+    return dict(zip(module.TASK_COLUMNS, row, strict=True))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_the_defaults_of_the_task(script, monkeypatch):
     """--help ends with 0, names every flag, and shows the values that this task would be run with."""
@@ -235,10 +248,8 @@ def test_help_shows_the_defaults_of_the_task(script, monkeypatch):
         shown = help_of(script, monkeypatch, "--task", task)
         for name in fields(script):
             assert f"--{name.replace('_', '-')}" in shown, name
-        entry, table = module.get_task(task), dict(zip(module.TASK_COLUMNS, module.TASK_DEFAULTS[task], strict=True))
-        wanted = dict(prompt_length=entry.prompt_length, response_length=entry.response_length) | table
-        if script != "supervised":
-            wanted |= dict(min_response_length=entry.min_response_length)
+        entry = datapools.get_task(task)
+        wanted = dict(prompt_length=entry.prompt_length, response_length=entry.response_length) | row_of(module, task)
         for name, value in wanted.items():
             found = re.search(rf"--{name.replace('_', '-')} [A-Z{{\[].*?\(default: (.*?)\)", shown)
             assert found and found.group(1) == str(value), f"{task} --{name}: {found and found.group(1)}, not {value}"
@@ -249,20 +260,20 @@ def test_help_shows_the_defaults_of_the_task(script, monkeypatch):
 def test_typed_values_win(script):
     module = importlib.import_module(script)
     kind = "causal" if script.endswith("causal") else "seq2seq"
-    for words in (["--task", "cnn_dm", "--response-length", "33"], ["--response-length=33", "--task=cnn_dm"]):
-        args = module.parse_args(words, kind)
-        assert (args.task, args.response_length, args.prompt_length) == ("cnn_dm", 33, 512)
-    assert module.parse_args([], kind).task == module.Args.task
+    for words in (["--task", "cnn_dm", "--response-length", "77"], ["--response-length=77", "--task=cnn_dm"]):
+        args, record = module.parse_args(words, kind)
+        assert (args.task, args.response_length, args.prompt_length, record) == ("cnn_dm", 77, 512, {})
+    assert module.parse_args([], kind)[0].task == module.Args.task
     assert module.parse_args([], kind) == module.parse_args(["--task", module.Args.task], kind)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_task_has_defaults_of_its_own(script):
     module = importlib.import_module(script)
-    tasks = importlib.import_module("datapools").TASKS
-    assert set(module.TASK_DEFAULTS) == set(tasks)
+    named = [task for tasks in module.TASK_DEFAULTS for task in tasks.split()]
+    assert sorted(named) == sorted(datapools.TASKS)
     assert set(module.TASK_COLUMNS) <= set(fields(script))
-    for row in module.TASK_DEFAULTS.values():
-        args = dataclasses.replace(module.Args(), **dict(zip(module.TASK_COLUMNS, row, strict=True)))
+    for task in named:
+        args = dataclasses.replace(module.Args(), **row_of(module, task))
         args.reward_weights = (1.0,)
-        module.check_args(args, world_size=1)
+        module.check_args(args)

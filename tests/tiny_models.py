@@ -1,7 +1,7 @@
 """Small random models with small tokenizers, saved as the real ones are, for tests of learned rewards and metrics."""
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -75,6 +75,30 @@ def save_t5(folder):
         vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
     spread(T5ForConditionalGeneration(config)).save_pretrained(folder)
+    return str(folder)
+
+
+def save_policy(folder, seq2seq, positions=64, eos_scale=1.0):
+    """A T5 or GPT-2 reading bytes to start runs from, with random weights that give EOS a fair share."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if seq2seq:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    ids = dict(vocab_size=len(words), pad_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    if seq2seq:
+        sizes = dict(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+        model = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes, **ids))
+    else:
+        sizes = dict(n_embd=32, n_layer=1, n_head=2, n_positions=positions)
+        model = GPT2LMHeadModel(GPT2Config(bos_token_id=1, **sizes, **ids))
+    with torch.no_grad():  # a longer vector is likelier in half of the states
+        model.get_output_embeddings().weight[1] *= eos_scale
+    model.save_pretrained(folder)
     return str(folder)
 
 
