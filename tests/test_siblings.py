@@ -150,7 +150,7 @@ def test_steps_of_the_loop_are_in_order(script):
 
 
 def test_shared_steps_have_the_same_words():
-    """Steps 1 to 4 and 7 to 9 begin with the same words in every script; advantages and update are an algorithm's own."""
+    """Steps 1 to 4 and 7 to 9 begin with the same words; advantages and update are an algorithm's own."""
     for group in GROUPS:
         titles = {}
         for script in group & set(RL):
