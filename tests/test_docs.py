@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from script_runs import ROOT, run_ok
+from script_runs import ROOT, SCRIPTS, run_ok
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
@@ -25,10 +25,10 @@ from transformers import (
 )
 
 DOCS = ROOT / "docs"
-ALGORITHMS = [name for name in ("ppo", "nlpo", "a2c", "trpo", "grpo", "supervised", "reward_model")]
-PAGES = [
-    name for name in (*ALGORITHMS, "troubleshooting", "changing", "contributing") if (DOCS / f"{name}.md").exists()
-]
+# Pages of scripts that are there, as in script_runs
+SCRIPT_OF = dict(ppo="ppo_causal", nlpo="nlpo_causal", a2c="a2c", trpo="trpo", grpo="grpo", supervised="supervised")
+ALGORITHMS = [name for name, script in SCRIPT_OF.items() if script in SCRIPTS] + ["reward_model"]
+PAGES = [*ALGORITHMS, "troubleshooting", "changing", "contributing"]
 WORDS = "<eos> <unk> Count upwards : the a cat dog".split() + [str(n) for n in range(60)]
 # What makes a run short; a script takes those that it has
 SHORT = {
@@ -78,7 +78,7 @@ def scripts_of(name):
 # ------------------------------------------------------------------------------------------------ what pages name
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name in ALGORITHMS])
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_places_exist(name):
     """Each detail's place is a function, a flag, a constant or a numbered step of the page's scripts, or a function
     of the two modules."""
@@ -166,7 +166,7 @@ def commands(name):
     return [line for code in blocks(name, "bash") for line in code.strip().splitlines()]
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name in ALGORITHMS])
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_commands_run(name, tmp_path):
     """Every command of the page, in its order; what supervised.py would make is there, but on its own page."""
     if name != "supervised":
