@@ -25,6 +25,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import matplotlib.figure
+import pandas
 import torch
 from safetensors.torch import load_file
 

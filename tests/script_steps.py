@@ -31,12 +31,13 @@ class Table(nn.Module):
 
     def __init__(self, vocab, seq2seq, linear=None):
         super().__init__()
-        self.config = SimpleNamespace(is_encoder_decoder=seq2seq, decoder_start_token_id=0, hidden_size=vocab)
+        self.config = SimpleNamespace(is_encoder_decoder=seq2seq, decoder_start_token_id=0)
+        self.vocab = vocab
         self.linear = linear
 
-    def forward(self, input_ids, decoder_input_ids=None, logits_to_keep=None, **ignored):
+    def forward(self, input_ids, decoder_input_ids=None, logits_to_keep=None, **kwargs):
         states = decoder_input_ids if self.config.is_encoder_decoder else input_ids
-        hidden = F.one_hot(states, self.config.hidden_size).float()
+        hidden = F.one_hot(states, self.vocab).float()
         if self.linear is None:
             return SimpleNamespace(last_hidden_state=hidden)
         logits = self.linear(hidden)
@@ -44,33 +45,36 @@ class Table(nn.Module):
 
 
 def table_problem(script, seq2seq, problem, weights, **settings):
-    """The variables that steps 5 and 6 find: a rollout of stored tokens, and an agent of the script's own classes."""
+    """The variables that steps 5 and 6 find: a rollout of stored tokens, and models of a layer each."""
     module = importlib.import_module(script)
     vocab, lengths = problem["vocab"], torch.tensor(problem["lengths"])
     B, T = len(lengths), int(lengths.max())
-    response_mask = torch.arange(T) < lengths.unsqueeze(1)
+    mask = torch.arange(T) < lengths.unsqueeze(1)
 
     def padded(numbers, dtype=torch.float32):
-        return torch.zeros(B, T, dtype=dtype).masked_scatter(response_mask, torch.tensor(numbers, dtype=dtype))
+        return torch.zeros(B, T, dtype=dtype).masked_scatter(mask, torch.tensor(numbers, dtype=dtype))
 
-    linear, value_model = nn.Linear(vocab, vocab), module.ValueModel(Table(vocab, seq2seq))
+    linear, value_model = nn.Linear(vocab, vocab), module.ValueModel.__new__(module.ValueModel)
+    nn.Module.__init__(value_model)
+    value_model.backbone, value_model.head = Table(vocab, seq2seq), nn.Linear(vocab, 1, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor(weights["policy_weight"]))
         linear.bias.copy_(torch.tensor(weights["policy_bias"]))
         value_model.head.weight.copy_(torch.tensor(weights["value_weight"]))
-    behaviour = dict(temperature=1.0, min_response_length=0, eos_id=1)
-    agent = module.Agent(Table(vocab, seq2seq, linear), value_model, behaviour)
+    behaviour = dict(temperature=1.0, min_response_length=0, eos=torch.tensor([1]))
+    policy = Table(vocab, seq2seq, linear)
     # prompts of different lengths that end with token 0, on which the first token of a response depends
     query_lengths = torch.arange(B) % 3 + 1
     query_mask = torch.arange(3) < query_lengths.unsqueeze(1)
     query_mask = query_mask if seq2seq else query_mask.flip(1)
-    num_minibatches = settings.pop("num_minibatches", 1)
-    args = SimpleNamespace(**dict(seed=1, batch_size=B, micro_batch_size=3, num_minibatches=num_minibatches) | settings)
+    fixed = dict(seed=1, batch_size=B, micro_batch_size=3, num_minibatches=1, value_warmup_iterations=0)
+    fixed |= dict(clip_coef_high=None)
+    batch = dict(queries=torch.zeros(B, 3, dtype=torch.long), query_mask=query_mask, query_lengths=query_lengths)
+    batch |= dict(responses=padded(problem["actions"], torch.long), mask=mask, lengths=lengths)
+    batch |= dict(query_starts=query_mask.int().argmax(1))
     return dict(
-        args=args, iteration=1, rank=0, world_size=1, device=torch.device("cpu"), B=B, left=not seq2seq,
-        minibatch_size=B // num_minibatches, autocast=dict(device_type="cpu", dtype=torch.bfloat16, enabled=False),
-        queries=torch.zeros(B, 3, dtype=torch.long), query_mask=query_mask, query_lengths=query_lengths,
-        responses=padded(problem["actions"], torch.long), response_mask=response_mask, response_lengths=lengths,
-        rewards=padded(problem["rewards"]), agent=agent, trained=agent, policy=agent.policy, value_model=value_model,
+        args=SimpleNamespace(**fixed | settings), iteration=1, rank=0, world_size=1, device=torch.device("cpu"), B=B,
+        autocast=dict(device_type="cpu", dtype=torch.bfloat16, enabled=False), batch=batch, mask=mask, T=T,
+        token_rewards=padded(problem["rewards"]), policy=policy, value_model=value_model, behaviour=behaviour,
         padded=padded, linear=linear,
     )  # fmt: skip

@@ -451,6 +451,20 @@ def changes_of(setting, iteration=1, lr=1e-3, before=None):
 
 
 @pytest.mark.parametrize("script, kind", CLIPPED)
+def test_before_the_first_step_the_ratio_is_one(script, kind, texts):
+    """The update's distribution is the one that was sampled: temperature, minimum length, NLPO's mask."""
+    setting = Setting(script, kind, texts, num_minibatches=1, update_epochs=1, norm_adv=False)
+    after = setting.run(1, 5, iteration=2)
+    later = run_steps(script, 6, 6, **vars(after) | dict(optimizer=setting.sgd(1e-4)))
+    names = ("policy", "value", "approx_kl", "clipfrac", "ratio", "tokens")
+    sums = dict(zip(names, later["update_sums"].tolist(), strict=True))
+    assert sums["tokens"] == after.mask.sum() and sums["clipfrac"] == 0
+    assert sums["ratio"] == pytest.approx(sums["tokens"], rel=1e-6) and abs(sums["approx_kl"]) < 1e-6
+    assert sums["policy"] == pytest.approx(-after.advantages.sum().item(), rel=1e-4, abs=1e-4)
+    assert sums["value"] == pytest.approx(((after.values - after.returns) ** 2).sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("script, kind", CLIPPED)
 def test_policy_and_critic_are_clipped_apart(script, kind, texts):
     """A critic with a huge gradient takes nothing of the policy's norm, and the other way round."""
     one_step = dict(num_minibatches=1, update_epochs=1)
