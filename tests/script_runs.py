@@ -119,7 +119,7 @@ def run_in_child(script, argv, cwd, env, out, err, draw, missing, kill_at, event
     leaves the number of calls in each.
     """
     if not draw:
-        matplotlib.figure.Figure = MagicMock()
+        matplotlib.figure.Figure, pandas.Series.plot = MagicMock(), MagicMock()
     if missing:
         sys.modules[missing] = None
     os.environ.update(env)

@@ -1,6 +1,7 @@
 """NLPO's mask: which tokens it keeps, that sampling keeps to it, that it is renewed; without it NLPO is PPO."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def naive_mask(logits, mask_type, top_mask, least, special_ids):
         kept, mass = [], 0.0
         for token in order:
             enough = mass >= top_mask if mask_type == "learned_top_p" else len(kept) >= top_mask
-            if enough and len(kept) >= least:
+            if enough and (mask_type != "learned_top_p" or len(kept) >= least):
                 break
             kept.append(token)
             mass += probs[token].item()
@@ -63,13 +64,23 @@ def test_all_probability_keeps_all(kind):
     assert script.make_action_mask(logits, "learned_top_p", 1.0, 1, []).all()
 
 
+def unpack(packed, size):
+    """Bit by bit."""
+    bits = [[[(byte >> i) & 1 for byte in row for i in range(8)][:size] for row in rows] for rows in packed.tolist()]
+    return torch.tensor(bits, dtype=torch.bool)
+
+
 @pytest.mark.parametrize("size", [1, 7, 8, 43, 64])
 def test_packed_masks_come_back(size):
     script = importlib.import_module("nlpo_causal")
     mask = torch.rand(3, 5, size, generator=torch.Generator().manual_seed(size)) < 0.4
     packed = script.pack(mask)
     assert packed.shape == (3, 5, -(-size // 8)) and packed.dtype == torch.uint8
-    assert torch.equal(script.unpack(packed, size), mask)
+    assert torch.equal(unpack(packed, size), mask)
+    logits = torch.randn(3, 5, size)
+    within = script.within_mask(logits, SimpleNamespace(action_masks=packed))
+    assert torch.equal(within > -torch.inf, mask) and torch.equal(within[mask], logits[mask])
+    assert script.within_mask(logits, SimpleNamespace()) is logits
 
 
 @pytest.mark.parametrize("mask_type", ["learned_top_p", "learned_top_k", "top_k"])
@@ -85,43 +96,42 @@ def test_sampling_keeps_to_the_mask_and_renormalises(kind, mask_type):
         min_tokens_to_keep=1,
         special_ids=[0, 1],
     )
-    behaviour = dict(temperature=1.3, min_response_length=2, eos_id=1)
+    behaviour = dict(temperature=1.3, min_response_length=2, eos=torch.tensor([1]))
     queries = torch.randint(2, 43, (40, 5), generator=torch.Generator().manual_seed(0))
     query_mask = torch.ones_like(queries, dtype=torch.bool)
     uniform = script.uniforms(0, 1, range(40), 6)
-    responses, mass, packed, kept = script.sample_responses(
-        policy, queries, query_mask, uniform, behaviour, 0, 0, mask_model, masking
+    responses, alive, sampled_logprobs, mass, kept, packed = script.sample_responses(
+        policy, queries, query_mask, uniform, behaviour, 0, mask_model=mask_model, masking=masking
     )
-    masks = script.unpack(packed, 43)
-    alive = torch.cat([torch.zeros(40, 1), (responses == 1).cumsum(1)[:, :-1]], 1) == 0
-    assert masks.gather(-1, responses.unsqueeze(-1)).squeeze(-1)[alive].all()
-    assert torch.equal(masks.sum(-1), kept.long()) and masks[..., :2].all()
+    masks = unpack(packed, 43)
+    assert torch.equal(alive, torch.cat([torch.zeros(40, 1), (responses == 1).cumsum(1)[:, :-1]], 1) == 0)
+    assert masks.gather(-1, responses.unsqueeze(-1)).squeeze(-1)[alive].all() and masks[..., :2].all()
+    assert torch.equal(masks.sum(-1)[alive], kept.long()[alive]) and masks[~alive].all()
 
+    mb = SimpleNamespace(queries=queries, query_mask=query_mask, responses=responses, mask=alive)
     with torch.no_grad():
-        whole = script.behaviour_logits(
-            script.response_logits(mask_model, queries, query_mask, responses), 0, **behaviour
-        )
+        whole = script.behaviour_logits(script.response_logits(mask_model, mb), 0, **behaviour)
         for b in range(40):
             expected = naive_mask(whole[b], mask_type, masking["top_mask"], 1, [0, 1])
             assert torch.equal(masks[b][alive[b]], expected[alive[b]])
-        probs = script.behaviour_logits(
-            script.response_logits(policy, queries, query_mask, responses), 0, **behaviour
-        ).softmax(-1)
+        probs = script.behaviour_logits(script.response_logits(policy, mb), 0, **behaviour).softmax(-1)
         restricted = probs * masks
         total = restricted.sum(-1)
     assert torch.allclose(mass[alive], total[alive], atol=1e-5)
-    value_model = script.ValueModel(script.value_backbone(policy))
-    agent = script.Agent(policy, value_model, behaviour)
-    with torch.no_grad():
-        logprobs, entropy, _, unmasked = agent(queries, query_mask, responses, packed, True, with_unmasked=True)
-        free, _, _, _ = agent(queries, query_mask, responses, None, False)
+    batch = dict(vars(mb), lengths=alive.sum(1), query_starts=torch.zeros(40, dtype=torch.long))
+    batch |= dict(query_lengths=query_mask.sum(1))
+    arguments = (behaviour, dict(device_type="cpu", enabled=False), SimpleNamespace(micro_batch_size=7))
+    models = (policy, policy, script.ValueModel(policy, None))
+    passes = [script.rollout_passes(*models, b, *arguments) for b in (batch | dict(action_masks=packed), batch)]
+    (logprobs, unmasked, ref, entropy, _), (free, free_too, *_) = passes
     sampled = restricted.gather(-1, responses.unsqueeze(-1)).squeeze(-1) / total
     assert torch.allclose(logprobs.exp()[alive], sampled[alive], atol=1e-5)
+    assert torch.allclose(sampled_logprobs[alive], logprobs[alive], atol=1e-4)
     normalised = restricted / total.unsqueeze(-1)
-    assert torch.allclose(normalised.sum(-1)[alive], torch.ones(()), atol=1e-6)
     assert torch.allclose(entropy[alive], torch.special.entr(normalised).sum(-1)[alive], atol=1e-4)
-    assert torch.equal(free[alive], unmasked[alive])  # the released behaviour's ratio is the unrestricted one
-    assert (logprobs[alive] > unmasked[alive] - 1e-6).all()
+    # the released behaviour's ratio is the unrestricted one, and the reference knows no mask
+    assert torch.equal(free, unmasked) and torch.equal(free, free_too) and torch.equal(ref, unmasked)
+    assert (logprobs[alive] > unmasked[alive] - 1e-6).all() and not logprobs[~alive].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +140,7 @@ def test_another_masking_policy_masks_otherwise(kind):
     script = importlib.import_module(f"nlpo_{kind}")
     policy, mask_model = tiny_model(kind, 0), tiny_model(kind, 0)
     masking = dict(mask_type="learned_top_p", top_mask=0.5, min_tokens_to_keep=1, special_ids=[0, 1])
-    behaviour = dict(temperature=1.0, min_response_length=6, eos_id=1)
+    behaviour = dict(temperature=1.0, min_response_length=6, eos=torch.tensor([1]))
     queries = torch.randint(2, 43, (8, 5), generator=torch.Generator().manual_seed(0))
     arguments = (
         queries,
@@ -138,17 +148,17 @@ def test_another_masking_policy_masks_otherwise(kind):
         script.uniforms(0, 1, range(8), 6),
         behaviour,
         0,
-        0,
     )
-    before = script.sample_responses(policy, *arguments, mask_model, masking)
-    again = script.sample_responses(policy, *arguments, mask_model, masking)
+    options = dict(mask_model=mask_model, masking=masking)
+    before = script.sample_responses(policy, *arguments, **options)
+    again = script.sample_responses(policy, *arguments, **options)
     mask_model.load_state_dict(tiny_model(kind, 3).state_dict())
-    after = script.sample_responses(policy, *arguments, mask_model, masking)
-    assert torch.equal(before[2], again[2]) and not torch.equal(before[2], after[2])
+    after = script.sample_responses(policy, *arguments, **options)
+    assert torch.equal(before[-1], again[-1]) and not torch.equal(before[-1], after[-1])
 
 
-def checkpoint(run_dir, iteration):
-    return torch.load(run_dir / "checkpoint" / f"iteration_{iteration}.pt", weights_only=True)
+def checkpoint(run_dir, name="latest"):
+    return torch.load(run_dir / "checkpoint" / f"{name}.pt", weights_only=True)
 
 
 def equal(one, two):
@@ -163,16 +173,13 @@ def test_mask_is_renewed_when_it_should_be_and_only_then(kind, tmp_path, texts, 
         run_ok(f"nlpo_{kind}", flags(f"nlpo_{kind}", **settings), tmp_path)
         return run_dir
 
-    def policy(state):
-        return {k.removeprefix("policy."): v for k, v in state["model"].items() if k.startswith("policy.")}
-
     every_second, never = go("every_second", target_update_iterations=2), go("never", target_update_iterations=0)
-    second, third = (checkpoint(every_second, i) for i in (2, 3))
-    start = checkpoint(never, 2)["mask_model"]
-    assert equal(start, checkpoint(never, 3)["mask_model"])
+    second, third = (checkpoint(every_second, name) for name in ("previous", "latest"))
+    start = checkpoint(never, "previous")["mask_model"]
+    assert equal(start, checkpoint(never)["mask_model"])
     assert not equal(start, second["mask_model"])
-    assert equal(second["mask_model"], policy(second)) and equal(third["mask_model"], policy(second))
-    assert not equal(third["mask_model"], policy(third))
+    assert equal(second["mask_model"], second["policy"]) and equal(third["mask_model"], second["policy"])
+    assert not equal(third["mask_model"], third["policy"])
     ages = [
         [row["rollout/iterations_since_refresh"] for row in rows(run / "metrics.jsonl")]
         for run in (every_second, never)
@@ -194,10 +201,10 @@ def test_resumed_run_goes_on_with_its_masking_policy(kind, tmp_path, texts, digi
 
     whole = go("whole", num_iterations=5)
     go("parts", num_iterations=3)
-    parts = go("parts", num_iterations=5, resume=True, allow_changes=True)
+    parts = go("parts", num_iterations=5, resume=True)
     assert rows(whole / "metrics.jsonl") == rows(parts / "metrics.jsonl")
     assert equal(weights(whole), weights(parts))
-    assert equal(checkpoint(whole, 5)["mask_model"], checkpoint(parts, 5)["mask_model"])
+    assert equal(checkpoint(whole)["mask_model"], checkpoint(parts)["mask_model"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
