@@ -238,6 +238,8 @@ def main():
     if iteration == 0:
         evaluate("val", val, 0, *evaluation)
         evaluate("test", test, 0, *evaluation)
+    else:
+        save_model(run_dir, policy, tokenizer, rank)  # a kill may have come between a checkpoint and its model
 
     progress = tqdm(total=args.num_iterations, initial=iteration, disable=rank > 0 or not sys.stderr.isatty())
     while iteration < args.num_iterations:
@@ -1003,7 +1005,9 @@ def save_checkpoint(run_dir, state, rank):
             os.fsync(stream.fileno())
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
-        fail(f"{latest} cannot be written, the one before it is whole: {error.__context__ or error}", code=1)
+        while error.__context__:  # torch.save hides what the system said behind errors of its own
+            error = error.__context__
+        fail(f"{latest} cannot be written, the one before it is whole: {error}", code=1)
     if latest.exists():
         os.replace(latest, previous)
     os.replace(aside, latest)

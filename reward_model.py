@@ -546,7 +546,9 @@ def save_checkpoint(run_dir, state, rank):
             os.fsync(stream.fileno())
     except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
-        fail(f"{latest} cannot be written, the one before it is whole: {error.__context__ or error}", code=1)
+        while error.__context__:  # torch.save hides what the system said behind errors of its own
+            error = error.__context__
+        fail(f"{latest} cannot be written, the one before it is whole: {error}", code=1)
     if latest.exists():
         os.replace(latest, previous)
     os.replace(aside, latest)
