@@ -1101,7 +1101,10 @@ def load_task(name: str, split: str, data: str | None = None, **kwargs) -> Split
         if not isinstance(value, options[key]):
             kind = getattr(options[key], "__name__", options[key])
             raise UsageError(f"{key} must be of type {kind}, not {value!r}")
-    return load(split, data, **kwargs)
+    samples = load(split, data, **kwargs)
+    if isinstance(samples, Split):
+        return samples
+    return Split(datasets.Dataset.from_dict({"n": range(len(samples))}), lambda row, n: samples[n])  # of a list
 
 
 def load_splits(name: str, data: str | None, typed: dict[str, str], chat: bool = False) -> tuple[Split, Split, Split]:
@@ -1122,8 +1125,6 @@ def as_chat(samples):
         prompt = sample.prompt
         return replace(sample, prompt=[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
-    if not isinstance(samples, Split):
-        return [message(sample) for sample in samples]
     return Split(samples.rows, lambda row, n: message(samples.make(row, n)), samples.row_of, samples.numbers)
 
 
