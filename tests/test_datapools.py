@@ -503,14 +503,17 @@ def test_prompts_of_messages(kind, tmp_path):
     assert [sample.prompt for sample in load_task(str(tmp_path), "train")] == [chat, chat[1:]]
 
 
-def test_chat_makes_messages_of_texts(tmp_path):
+def test_chat_makes_messages_of_texts(tmp_path, monkeypatch):
     chat = [{"role": "system", "content": "Be kind."}]
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{i}" if i != 9 else chat} for i in range(10)])
     train, val, test = datapools.load_splits(str(tmp_path / "a.jsonl"), None, {}, chat=True)
     assert [sample.prompt for sample in train[1:3]] == [[{"role": "user", "content": f"p{i}"}] for i in (1, 2)]
     assert val[0].prompt == [{"role": "user", "content": "p8"}] and test[0].prompt == chat
-    as_list = datapools.as_chat([Sample("0", "p", ["r"], {}), test[0]])  # as a task of one's own may load
-    assert as_list == [Sample("0", [{"role": "user", "content": "p"}], ["r"], {}), test[0]]
+    samples = [Sample("0", "p", ["r"], {}), test[0]]  # as a task of one's own may load
+    monkeypatch.setitem(datapools.TASKS, "own", datapools.Task(lambda split, data=None: samples, 8, 8))
+    train = datapools.load_splits("own", None, {}, chat=True)[0]
+    assert train.take([1, 0]) == [test[0], Sample("0", [{"role": "user", "content": "p"}], ["r"], {})]
+    assert list(train[1:]) == [test[0]] and len(train) == 2
 
 
 # A split
