@@ -16,14 +16,14 @@ import torch
 import transformers
 from script_runs import SCRIPTS, TINY, fields, flags, real_run, run, run_ok, start
 
-import ppo_seq2seq
+from datapools import load_tokenizer
 
 ANY = "any"
 RL = "rl"
 WRONG = [
     # names that are not known
     (ANY, "--task numbrs", "'numbrs'", "'numbers'"),
-    (ANY, "--task no/such/texts.jsonl", "no/such/texts.jsonl", "known: numbers"),
+    (ANY, "--task no/such/texts.jsonl", "no/such/texts.jsonl", "no such file"),
     (RL, "--reward rogue1", "'rogue1'", "'rouge1'"),
     (RL, "--reward rouge1 nonsense", "'nonsense'", "known are"),
     (ANY, "--metrics rogue", "'rogue'", "'rouge'"),
@@ -43,10 +43,10 @@ WRONG = [
     (ANY, "--model {bad_config}", "--model {bad_config}"),
     (ANY, "--model {config_only}", "--model {config_only}"),
     (ANY, "--model {no_tokenizer}", "--model {no_tokenizer}", "tokenizer"),
-    ("ppo_seq2seq", "--model {gpt2}", "--model {gpt2}", "decoder-only", "causal script"),
-    ("nlpo_seq2seq", "--model {gpt2}", "--model {gpt2}", "decoder-only", "causal script"),
-    ("ppo_causal", "--model {t5}", "--model {t5}", "encoder-decoder", "seq2seq script"),
-    ("nlpo_causal", "--model {t5}", "--model {t5}", "encoder-decoder", "seq2seq script"),
+    ("ppo_seq2seq", "--model {gpt2}", "--model {gpt2}", "gpt2", "causal script"),
+    ("nlpo_seq2seq", "--model {gpt2}", "--model {gpt2}", "gpt2", "causal script"),
+    ("ppo_causal", "--model {t5}", "--model {t5}", "t5", "seq2seq script"),
+    ("nlpo_causal", "--model {t5}", "--model {t5}", "t5", "seq2seq script"),
     ("ppo_causal", "--model {picture}", "--model {picture}", "vit"),
     ("a2c", "--model {picture}", "--model {picture}", "vit"),
     # flags
@@ -58,7 +58,6 @@ WRONG = [
     (ANY, "--batch-size", "--batch-size"),
     (ANY, "--learning-rate fast", "--learning-rate", "fast"),
     (ANY, "--dtype float16", "--dtype", "float16", "bfloat16"),
-    (ANY, "--cuda maybe", "maybe"),
     (RL, "--target-kl little", "--target-kl", "little"),
     ("a2c", "--policy-type decoder", "--policy-type", "decoder", "causal"),
     ("supervised", "--policy-type decoder", "--policy-type", "decoder", "causal"),
@@ -67,46 +66,44 @@ WRONG = [
     ("nlpo_seq2seq", "--mask-type top_q", "--mask-type", "top_q", "learned_top_p"),
     ("nlpo_causal", "--top-mask 1.5", "--top-mask", "1.5"),
     # numbers out of range
-    (ANY, "--batch-size 0", "--batch-size 0", "at least 1"),
-    (ANY, "--batch-size -8", "--batch-size -8", "at least 1"),
-    (ANY, "--micro-batch-size 0", "--micro-batch-size 0", "at least 1"),
-    (RL, "--sample-batch-size 0", "--sample-batch-size 0", "at least 1"),
-    (ANY, "--eval-batch-size -1", "--eval-batch-size -1", "at least 1"),
-    (RL, "--num-iterations 0", "--num-iterations 0", "at least 1"),
-    ("supervised", "--num-epochs 0", "--num-epochs 0", "at least 1"),
-    ("ppo_seq2seq", "--num-minibatches 0", "--num-minibatches 0", "at least 1"),
-    ("ppo_causal", "--update-epochs 0", "--update-epochs 0", "at least 1"),
-    (ANY, "--learning-rate 0", "--learning-rate 0", "between"),
-    (ANY, "--learning-rate -1e-3", "--learning-rate -0.001", "between"),
-    (ANY, "--learning-rate nan", "--learning-rate nan", "between"),
-    (ANY, "--learning-rate 3", "--learning-rate 3", "between"),
-    (RL, "--gamma 1.5", "--gamma 1.5", "between"),
-    (RL, "--gae-lambda -0.1", "--gae-lambda -0.1", "between"),
-    ("ppo_seq2seq", "--clip-coef 0", "--clip-coef 0", "at least"),
-    ("nlpo_seq2seq", "--clip-vf-coef -1", "--clip-vf-coef -1", "at least"),
-    ("ppo_causal", "--early-stop-kl 0", "--early-stop-kl 0", "at least"),
-    (RL, "--ent-coef -0.5", "--ent-coef -0.5", "at least 0"),
-    (RL, "--ent-coef inf", "--ent-coef inf"),
-    (RL, "--vf-coef -1", "--vf-coef -1", "at least 0"),
+    (ANY, "--batch-size 0", "--batch-size 0", "greater than 0"),
+    (ANY, "--batch-size -8", "--batch-size -8", "greater than 0"),
+    (ANY, "--micro-batch-size 0", "--micro-batch-size 0", "greater than 0"),
+    (RL, "--sample-batch-size 0", "--sample-batch-size 0", "greater than 0"),
+    (RL, "--num-iterations -1", "--num-iterations -1", "greater than or equal to 0"),
+    ("supervised", "--num-epochs -1", "--num-epochs -1", "greater than or equal to 0"),
+    ("ppo_seq2seq", "--num-minibatches 0", "--num-minibatches 0", "greater than 0"),
+    ("ppo_causal", "--update-epochs 0", "--update-epochs 0", "greater than 0"),
+    (ANY, "--learning-rate 0", "--learning-rate 0", "greater than 0"),
+    (ANY, "--learning-rate -1e-3", "--learning-rate -0.001", "greater than 0"),
+    (ANY, "--learning-rate nan", "--learning-rate nan", "finite"),
+    (RL, "--gamma 1.5", "--gamma 1.5", "less than or equal to 1"),
+    (RL, "--gae-lambda -0.1", "--gae-lambda -0.1", "greater than or equal to 0"),
+    ("ppo_seq2seq", "--clip-coef 0", "--clip-coef 0", "greater than 0"),
+    ("nlpo_seq2seq", "--clip-vf-coef -1", "--clip-vf-coef -1", "greater than 0"),
+    ("ppo_causal", "--early-stop-kl 0", "--early-stop-kl 0", "greater than 0"),
+    ("ppo_causal", "--ent-coef -0.5", "--ent-coef -0.5", "greater than or equal to 0"),
+    ("ppo_causal", "--ent-coef inf", "--ent-coef inf"),
+    (RL, "--vf-coef -1", "--vf-coef -1", "greater than or equal to 0"),
     (RL, "--vf-coef inf", "--vf-coef inf"),
-    (ANY, "--max-grad-norm 0", "--max-grad-norm 0", "at least"),
-    (RL, "--kl-coef -0.1", "--kl-coef -0.1", "at least 0"),
-    (RL, "--kl-coef nan", "--kl-coef nan", "at least 0"),
-    (RL, "--target-kl 0", "--target-kl 0", "at least"),
-    (RL, "--temperature 0", "--temperature 0", "at least"),
+    (ANY, "--max-grad-norm 0", "--max-grad-norm 0", "greater than 0"),
+    (RL, "--kl-coef -0.1", "--kl-coef -0.1", "greater than or equal to 0"),
+    (RL, "--kl-coef nan", "--kl-coef nan", "finite"),
+    (RL, "--target-kl 0", "--target-kl 0", "greater than 0"),
+    (RL, "--temperature 0", "--temperature 0", "greater than 0"),
     (RL, "--temperature inf", "--temperature inf"),
-    (RL, "--top-k -1", "--top-k -1", "at least 0"),
-    (ANY, "--eval-every 0", "--eval-every 0", "at least 1"),
-    (ANY, "--save-every 0", "--save-every 0", "at least 1"),
-    (ANY, "--eval-samples -1", "--eval-samples -1", "at least 0"),
-    (ANY, "--seed -1", "--seed -1", "between"),
-    (ANY, "--prompt-length 0", "--prompt-length 0", "at least 1"),
-    (ANY, "--response-length -5", "--response-length -5", "at least 1"),
-    (RL, "--min-response-length -1", "--min-response-length -1", "at least 0"),
-    (ANY, "--scratch-vocab-size 100", "--scratch-vocab-size 100", "260"),
-    (ANY, "--scratch-width 0", "--scratch-width 0", "at least 8"),
-    (ANY, "--scratch-layers 0", "--scratch-layers 0", "at least 1"),
-    (ANY, "--scratch-heads 0", "--scratch-heads 0", "at least 1"),
+    ("ppo_causal", "--top-k -1", "--top-k -1", "greater than or equal to 0"),
+    (ANY, "--eval-every 0", "--eval-every 0", "greater than 0"),
+    (ANY, "--save-every 0", "--save-every 0", "greater than 0"),
+    (ANY, "--eval-samples -1", "--eval-samples -1", "greater than or equal to 0"),
+    (ANY, "--seed -1", "--seed -1", "greater than or equal to 0"),
+    (ANY, "--prompt-length 0", "--prompt-length 0", "greater than 0"),
+    (ANY, "--response-length -5", "--response-length -5", "greater than 0"),
+    (RL, "--min-response-length -1", "--min-response-length -1", "greater than or equal to 0"),
+    ("supervised", "--scratch-vocab-size 100", "--scratch-vocab-size 100"),
+    ("supervised", "--scratch-width 0", "--scratch-width 0", "greater than"),
+    ("supervised", "--scratch-layers 0", "--scratch-layers 0", "greater than"),
+    ("supervised", "--scratch-heads 0", "--scratch-heads 0", "greater than"),
     # what does not go together
     ("ppo_seq2seq", "--batch-size 10 --num-minibatches 4", "--batch-size 10", "--num-minibatches 4"),
     ("nlpo_causal", "--batch-size 9 --num-minibatches 2", "--batch-size 9", "--num-minibatches 2"),
@@ -114,12 +111,12 @@ WRONG = [
     ("a2c", "WORLD_SIZE=3 --batch-size 8", "--batch-size 8", "3 processes"),
     ("trpo", "WORLD_SIZE=3 --batch-size 8", "--batch-size 8", "3 processes"),
     ("supervised", "WORLD_SIZE=3 --batch-size 8", "--batch-size 8", "3 processes"),
-    (ANY, "--scratch-width 32 --scratch-heads 3", "--scratch-heads 3", "--scratch-width 32"),
+    ("supervised", "--scratch-width 32 --scratch-heads 3", "--scratch-heads 3", "--scratch-width 32"),
     (RL, "--min-response-length 21 --response-length 20", "--min-response-length 21", "--response-length 20"),
     ("ppo_seq2seq", "--model {bart} --prompt-length 40 --response-length 9", "--prompt-length", "40", "32"),
     ("a2c", "--model {bart} --prompt-length 9 --response-length 40", "--response-length", "40", "32"),
     ("ppo_causal", "--model {gpt2} --prompt-length 30 --response-length 10", "40", "32"),
-    ("supervised", "--model {gpt2} --prompt-length 30 --response-length 10", "40", "32"),
+    ("supervised", "--model {gpt2} --prompt-length 30 --response-length 10", "--prompt-length", "32"),
     (RL, "--reward-weights 1 2", "--reward-weights", "2", "1"),
     (RL, "--reward rouge1 rouge2 --reward-weights 1", "--reward-weights", "1", "2"),
     (RL, "--reward-weights nan", "--reward-weights", "nan"),
@@ -135,7 +132,7 @@ WRONG = [
     (ANY, "--task-kwargs n_samples many", "n_samples", "many"),
     (ANY, "--task-kwargs n_samples 0", "n_samples", "0", "at least 1"),
     # data
-    (ANY, "--task cnn_dm --data no/such/folder", "--data no/such/folder"),
+    (ANY, "--task cnn_dm --data no/such/folder", "no/such/folder", "folder"),
     (ANY, "--task cnn_dm --data {own}", "{own}", "folder"),
     (ANY, "--task cnn_dm --data {texts}", "article", "prompt"),
     (ANY, "--task cnn_dm --data {no_val}", "{no_val}", "val", "train.jsonl"),
@@ -154,11 +151,11 @@ WRONG = [
     ("supervised", "--task {no_references} --metrics diversity", "{no_references}", "references"),
     (RL, "--reward parent", "'parent'", "meta"),
     # the run folder
-    (ANY, "--run-dir {exists}", "--run-dir {exists}", "--resume", "another folder"),
+    (ANY, "--run-dir {exists}", "--run-dir {exists}", "--resume", "name another"),
     (ANY, "--run-dir {own}", "--run-dir {own}", "folder"),
     (ANY, "--run-dir {own}/run", "--run-dir {own}/run"),
     (ANY, "--resume", "--resume", "--run-dir"),
-    (ANY, "--resume --run-dir {exists_without_checkpoint_file}", "{exists_without_checkpoint_file}", "iteration_7.pt"),
+    (ANY, "--resume --run-dir {damaged}", "latest.pt", "damaged"),
 ]
 
 OWN = '''
@@ -179,11 +176,11 @@ def two_arguments(prompts, generations):
 
 
 def changed(prompts, change):
-    """Good values at first; from the second call on, what goes wrong, so that there is a checkpoint before."""
+    """Good values in the trial and in the first iteration; then what goes wrong, so that there is a checkpoint before."""
     global calls
     calls += 1
     values = [0.5] * len(prompts)
-    return change(values) if calls > 1 else values
+    return change(values) if calls > 2 else values
 
 
 def replaced(values, bad):
@@ -297,11 +294,10 @@ def things(tmp_path_factory, texts):
     write_rows(folder / "bad_references.jsonl", [{"prompt": "one", "references": [1]}] * 12)
     (folder / "exists").mkdir()
     (folder / "exists" / "metrics.jsonl").write_text("mine\n")
-    write_rows(folder / "exists_without_checkpoint_file" / "checkpoint" / "x", [])
-    latest = folder / "exists_without_checkpoint_file" / "checkpoint" / "latest.json"
-    latest.write_text(json.dumps([{"file": "iteration_7.pt", "sha256": "0"}]))
+    (folder / "damaged" / "checkpoint").mkdir(parents=True)
+    (folder / "damaged" / "checkpoint" / "latest.pt").write_text("half")
 
-    tokenizer = ppo_seq2seq.train_tokenizer(["one two three four"] * 9, 280, ends_with_eos=True)
+    tokenizer = load_tokenizer(script_runs.tiny_model("seq2seq"))
     ids = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=1)
     sizes = {f"{p}_{n}": 2 for p in ("encoder", "decoder") for n in ("layers", "attention_heads", "ffn_dim")}
     torch.manual_seed(0)
@@ -372,9 +368,11 @@ def assert_one_line(result, script, code, told):
 
 
 def contents(folder):
-    """{path: bytes} of all files, without Python's own and the (empty) lock of a run."""
+    """{path: bytes} of all files, without Python's own, and a run's lock and settings."""
     files = (path for path in Path(folder).rglob("*") if path.is_file())
-    return {path: path.read_bytes() for path in files if path.name != ".lock" and path.suffix != ".pyc"}
+    return {
+        path: path.read_bytes() for path in files if path.name not in (".lock", "config.json") and path.suffix != ".pyc"
+    }
 
 
 @pytest.mark.parametrize("script, line, told", list(spread(WRONG)))
@@ -423,17 +421,17 @@ def test_error_of_two_processes_is_said_once(tmp_path):
 
 
 RUNTIME = [
-    ("raises", "iteration 2", "the reward is out of order", "own.py"),
-    ("fails_on_one", "iteration 2", "ZeroDivisionError", "own.py"),
-    ("exits", "iteration 2"),
-    ("nan", "iteration 2", "nan", "sample train-"),
-    ("inf", "iteration 2", "inf", "sample train-"),
-    ("none", "iteration 2", "None", "sample train-"),
-    ("strings", "iteration 2", "'0.5'", "sample train-"),
-    ("nothing", "iteration 2", "nothing", "None"),
-    ("too_few", "iteration 2", "too_few", "7 values", "8 samples"),
-    ("one_number", "iteration 2", "one_number", "0.5"),
-    ("lists_too_long", "iteration 2", "lists_too_long", "sample train-"),
+    ("raises", "out of order", "own.py", "sample train-"),
+    ("fails_on_one", "ZeroDivisionError", "own.py"),
+    ("exits",),
+    ("nan", "nan", "sample train-"),
+    ("inf", "inf", "sample train-"),
+    ("none", "None", "sample train-"),
+    ("strings", "'0.5'", "sample train-"),
+    ("nothing", "nothing", "None"),
+    ("too_few", "too_few", "7 values", "8 samples"),
+    ("one_number", "one_number", "0.5"),
+    ("lists_too_long", "lists_too_long", "sample train-"),
 ]
 RL_SCRIPTS = [name for name in SCRIPTS if name != "supervised"]
 
@@ -442,15 +440,16 @@ RL_SCRIPTS = [name for name in SCRIPTS if name != "supervised"]
     "script, function, told", [(s, f, told) for s, (f, *told) in zip(cycle(RL_SCRIPTS), RUNTIME, strict=False)]
 )
 def test_reward_that_goes_wrong(script, function, told, things, texts, tmp_path):
-    """One line that names the iteration, and the sample where known; exit code 1; the checkpoint before is whole."""
+    """The reward's own traceback, or what it returned and for which sample; the checkpoint before is whole."""
     settings = TINY | dict(save_every=1, num_iterations=3)
     words = flags(script, task=texts, reward=f"{things['own']}:{function}", run_dir="run", **settings)
     result = run(script, words, tmp_path)
-    assert_one_line(result, script, 1, told)
+    assert result.code == (3 if function == "exits" else 1), result.stderr
+    for text in told:
+        assert text in result.stderr, f"{text!r} is not in: {result.stderr}"
     metrics = script_runs.rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["iteration"] for row in metrics] == [1]
-    checkpoint = ppo_seq2seq.load_checkpoint(tmp_path / "run")
-    assert checkpoint["iteration"] == 1
+    assert script_runs.checkpoint(tmp_path / "run")["iteration"] == 1
 
 
 def test_reward_that_goes_wrong_in_one_of_two_processes(things, texts, tmp_path):
@@ -458,7 +457,7 @@ def test_reward_that_goes_wrong_in_one_of_two_processes(things, texts, tmp_path)
     settings = TINY | dict(save_every=1, num_iterations=3)
     words = flags("ppo_seq2seq", task=texts, reward=f"{things['own']}:nan", run_dir="run", **settings)
     result = run("ppo_seq2seq", words, tmp_path, processes=2)
-    assert result.code == 1 and "iteration 2" in result.stderr and "Traceback" not in result.stderr
+    assert result.code != 0 and "sample train-" in result.stderr
 
 
 @pytest.mark.parametrize("function", ["prints", "sleeps", "numpy_values"])
@@ -474,7 +473,8 @@ METRICS = {"metric_raises": "the metric is out of order", "metric_number": "own.
 def test_metric_that_goes_wrong(function, things, texts, tmp_path):
     script = "supervised" if "supervised" in SCRIPTS else "ppo_seq2seq"
     words = flags(script, task=texts, run_dir="run", **TINY | dict(metrics=f"{things['own']}:{function}"))
-    assert_one_line(run(script, words, tmp_path), script, 1, ["iteration 0", METRICS[function]])
+    result = run(script, words, tmp_path)
+    assert result.code in (1, 2) and METRICS[function] in result.stderr and "own.py" in result.stderr
 
 
 def test_metric_in_numpy_numbers(things, texts, tmp_path):
@@ -485,7 +485,7 @@ def test_metric_in_numpy_numbers(things, texts, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_model_that_is_not_finite_is_told(script, things, texts, tmp_path):
-    """NaN in the weights: one line that names the iteration, and no checkpoint or model of it."""
+    """NaN in the weights: one line before the first evaluation, and no checkpoint or model of it."""
     name = "gpt2" if "causal" in script else "t5"
     kind = {"gpt2": transformers.AutoModelForCausalLM, "t5": transformers.AutoModelForSeq2SeqLM}[name]
     model = kind.from_pretrained(things[name])
@@ -495,15 +495,13 @@ def test_model_that_is_not_finite_is_told(script, things, texts, tmp_path):
     model.save_pretrained(tmp_path / "model")
     settings = TINY | dict(model=tmp_path / "model", prompt_length=8, response_length=8, min_response_length=0)
     result = run(script, flags(script, task=texts, run_dir="run", **settings), tmp_path)
-    assert_one_line(result, script, 1, ["iteration 1", "finite"])
+    assert_one_line(result, script, 2, ["nan"])
     assert not (tmp_path / "run" / "checkpoint").exists() and not (tmp_path / "run" / "model").exists()
 
 
 def test_every_flag_with_a_number_has_limits():
-    """A numeric flag without limits would take -1 silently."""
+    """A numeric flag without limits would take -1 silently: a plain int or float is one of few that may be anything."""
     for script in SCRIPTS:
-        module = __import__(script)
         kinds = (int, float, int | None, float | None)
-        numeric = {name for name, field in fields(script).items() if field.type in kinds}
-        assert len(numeric) > 10
-        assert numeric == set(module.LIMITS), f"{script}: {sorted(numeric ^ set(module.LIMITS))}"
+        unlimited = {name for name, field in fields(script).items() if field.type in kinds}
+        assert unlimited <= {"eos_penalty"}, f"{script}: {sorted(unlimited)}"
