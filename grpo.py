@@ -1,0 +1,1136 @@
+"""GRPO, Dr. GRPO and RLOO for language models, encoder-decoder and decoder-only, in one file.
+
+A response is an episode: the prompt is the observation, every token an action, the episode ends with EOS. Each
+iteration samples `--group-size` responses to each of its prompts, scores the texts, and takes a penalty kl_coef * (log
+pi - log pi_ref) of every token from the score. There is no critic: what is to be expected of a prompt is what the other
+responses of its group got, and how much better a response is than that is the advantage of each of its tokens. Clipped
+policy-gradient steps on whole groups follow, as in PPO; kl_coef adapts so that the KL stays near a target.
+
+    GRPO      Shao et al. 2024, https://arxiv.org/abs/2402.03300: less the group's mean, over its deviation
+    Dr. GRPO  Liu et al. 2025, https://arxiv.org/abs/2503.20783: less the group's mean
+    RLOO      Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740: less the mean of the others
+    for LMs   Ziegler et al. 2019, https://arxiv.org/abs/1909.08593; RL4LMs, Ramamurthy et al. 2022,
+              https://arxiv.org/abs/2210.01241, whose tasks, rewards, settings and KL controller these are
+
+On a laptop without a network, and on four GPUs:
+
+    python supervised.py --task numbers --run-dir runs/sft
+    python grpo.py --task numbers --model runs/sft/model
+
+    torchrun --nproc_per_node 4 grpo.py --task cnn_dm --reward rouge1 --model t5-base --dtype bfloat16
+
+Unlike the papers: the KL penalty is a part of the reward (`--kl-in-loss` puts it into the loss, as GRPO has it); the
+loss is a mean over the tokens of a minibatch, so that no response counts less for being long; rollouts do not depend on
+the number of processes (but for float32 rounding, which training amplifies), and a resumed run goes on to the bit.
+Left out on purpose: dropout, learning-rate warm-up, LoRA, an inference engine for sampling, rewards of single steps.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import copy
+import fcntl
+import functools
+import inspect
+import io
+import json
+import math
+import os
+import pickle
+import secrets
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: spinning ones starve a neighbour process
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+import tyro
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+from transformers.modeling_outputs import MoEModelOutput
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+import datapools
+from datapools import UsageError
+from rewards import make_metrics, make_rewards, measure, score_texts
+
+# RL4LMs has no GRPO. The KL columns are those of its PPO; a batch has 8 prompts or more in groups of 8; learning rates
+# are PPO's here times 2, since minibatches of 32 sequences are four times as large. `numbers` and `dates` are set for
+# the small model of supervised.py.
+TASK_COLUMNS = ("batch_size", "num_minibatches", "num_iterations", "learning_rate", "kl_coef", "target_kl")
+TASK_DEFAULTS = {
+    "numbers dates":                          (64, 4, 40, 5e-4, 0.01, 2.0),
+    "imdb imdb_seq2seq":                      (64, 2, 50, 5e-6, 0.1, 0.1),
+    "commongen":                              (128, 4, 200, 6e-6, 0.001, 2.0),
+    "cnn_dm xsum":                            (64, 2, 100, 1.4e-5, 0.001, 0.2),
+    "totto":                                  (64, 2, 100, 1e-5, 0.001, 2.0),
+    "narrative_qa":                           (64, 2, 100, 1e-5, 0.001, 1.0),
+    "wmt16 wmt14_en_de wmt16_news iwslt2017": (64, 2, 50, 8e-6, 0.001, 0.2),
+    "crd3 daily_dialog":                      (64, 2, 50, 4e-6, 0.2, 0.5),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+
+    # --- what is learned
+    task: str = "cnn_dm"  # a task of datapools.py, or one's own data: a file or folder of `prompt` and `references`
+    policy_type: Literal["seq2seq", "causal"] = "seq2seq"  # which default model; another tells by itself
+    model: str = "t5-base"  # the policy to start from: a hub name, or a folder of `save_pretrained`
+    reward: tuple[str, ...] = ("rouge1",)  # one or more rewards of rewards.py, or path/to/file.py:function
+    reward_weights: tuple[float, ...] | None = None  # a weight for each reward; default: the task's, else 1 each
+    reward_kwargs: dict[str, str] = field(default_factory=dict)  # KEY VALUE ...; NAME.KEY addresses one of several
+    metrics: tuple[str, ...] = ("rouge",)  # metrics or rewards of rewards.py, evaluate:NAME, path/to/file.py:function
+    metric_kwargs: dict[str, str] = field(default_factory=dict)  # options of the metrics, as --reward-kwargs
+    data: str | None = None  # a folder with {train,validation,test}.jsonl in the hub's columns, read instead of the hub
+    task_kwargs: dict[str, str] = field(default_factory=dict)  # options of the task's loader as KEY VALUE ...
+    chat: bool = False  # prompts go through the tokenizer's chat template, as the user's message
+    prompt_length: PositiveInt = 512  # prompt tokens at most
+    languages: tuple[str, str] | None = None  # source and target as the tokenizer names them (mBART: en_XX de_DE)
+    truncation_side: Literal["left", "right"] = "left"  # the end of a longer prompt that is cut off
+    response_length: PositiveInt = 100  # response tokens at most
+    min_response_length: NonNegativeInt = 0  # no EOS before this many tokens, in training and in evaluation
+
+    # --- GRPO
+    num_iterations: NonNegativeInt = 100  # iterations of sampling and updating; 0: evaluate the model, and end
+    batch_size: PositiveInt = 64  # sequences per iteration over all processes
+    group_size: Annotated[int, Field(ge=2)] = 8  # responses to each of batch_size / group_size prompts
+    baseline: Literal["grpo", "dr_grpo", "rloo"] = "grpo"  # what the advantage is of, see group_advantages
+    num_minibatches: PositiveInt = 8  # optimizer steps per epoch, on batch_size / num_minibatches sequences each
+    update_epochs: PositiveInt = 5  # passes over each batch (RL4LMs: 5)
+    learning_rate: PositiveFloat = 2e-6  # AdamW's
+    anneal_lr: bool = False  # let the learning rate fall linearly to 0 over the run (RL4LMs: constant)
+    clip_coef: PositiveFloat = 0.2  # the ratio is clipped to 1 +- this (RL4LMs: 0.2)
+    clip_coef_high: PositiveFloat | None = None  # its upper side to 1 + this (DAPO, https://arxiv.org/abs/2503.14476)
+    ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus, in nats (RL4LMs: 0)
+    max_grad_norm: PositiveFloat = 0.5  # gradients are scaled to at most this norm
+    early_stop_kl: PositiveFloat | None = None  # end the epochs at 1.5 times this approximate KL, in nats per token
+    kl_in_loss: bool = False  # the penalty is kl_coef * k3 of the new policy in the loss, not a part of the reward
+    kl_coef: NonNegativeFloat = 0.001  # weight of the KL penalty against the start model, at first
+    target_kl: PositiveFloat | None = 0.2  # the controller steers the mean KL to this, in nats per token; None: off
+    eos_penalty: float | None = None  # the score of a response without EOS (None: that of its text)
+    temperature: PositiveFloat = 1.0  # of the rollouts, part of the policy that is scored
+    top_k: NonNegativeInt = 0  # sample rollouts among the k likeliest; biased, the log-probs do not see it; 0: off
+
+    # --- evaluation, checkpoints, logs
+    eval_every: PositiveInt = 10  # iterations between evaluations on val (val and test also before and after training)
+    eval_samples: NonNegativeInt = 1000  # evaluate on the first so many samples of a split; 0: on all
+    decoding: dict[str, str] = field(default_factory=dict)  # KEY VALUE ...: do_sample, temperature, num_beams ...
+    save_every: PositiveInt = 10  # iterations between checkpoints
+    run_dir: str | None = None  # the folder of this run; default runs/{task}__{script}__{seed}__{time}
+    resume: bool = False  # go on from the checkpoint in --run-dir with its settings, or start there if it has none
+    track: bool = False  # send metrics to wandb too (WANDB_MODE=offline, WANDB_PROJECT as ever)
+
+    # --- the machine
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # of everything that is drawn: prompts, tokens, minibatches
+    micro_batch_size: PositiveInt = 16  # sequences per pass of one process; memory and speed, not results
+    sample_batch_size: PositiveInt = 32  # sequences sampled at once by one process; likewise
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 autocasts the passes, but for heads and losses
+    fsdp: bool = False  # shard models and optimizer over torchrun's processes, for models beyond one GPU (FSDP2)
+
+
+def main():
+    # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
+    signals = note_signals()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        ahead.add_argument("--policy-type", "--policy_type", nargs="?", default=Args.policy_type)
+        args, record = parse_args(sys.argv[1:], ahead.parse_known_args(sys.argv[1:])[0].policy_type)
+        task, device = datapools.get_task(args.task), local_device()
+        train, val, test = datapools.load_splits(args.task, args.data, args.task_kwargs, args.chat)
+        config = load_config(args)
+        seq2seq = config.is_encoder_decoder
+        args.policy_type = "seq2seq" if seq2seq else "causal"
+        tokenizer = datapools.load_tokenizer(args.model, args.languages)
+        making = dict(tokenizer=tokenizer, device=str(device), separator=" " if seq2seq else "")
+        reward_functions = make_rewards(args.reward, args.reward_kwargs, task.reward_kwargs, train, **making)
+        metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
+        decoding = datapools.decoding_options(task, args.decoding)
+        policy = load_policy(args, config, tokenizer, decoding)
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        start_weights = checksum(policy)
+        if record.get("start_weights", start_weights) != start_weights:
+            raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
+        rank, world_size = join_processes(device)
+        wandb_id = record.get("wandb_id", secrets.token_hex(4))
+        record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
+        run_dir = open_run_dir(args, record, rank)
+        checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
+    except UsageError as error:
+        fail(error)
+    # B sequences of an iteration in this process, Q prompt tokens, T response tokens, V vocabulary
+    B, T = args.batch_size // world_size, args.response_length
+    val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
+    pad_id, eos = policy.generation_config.pad_token_id, torch.tensor(policy.generation_config.eos_token_id).to(device)
+    behaviour = dict(temperature=args.temperature, min_response_length=args.min_response_length, eos=eos)
+    behaviour |= dict(forced_bos=policy.generation_config.forced_bos_token_id)
+    autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+    iteration, kl_coef = 0, args.kl_coef
+    if checkpoint:
+        iteration, kl_coef = checkpoint["iteration"], checkpoint["kl_coef"]
+        policy.load_state_dict(checkpoint["policy"])
+    for model in (policy, reference):
+        prepare_model(model, device, args.fsdp)
+    optimizer = make_optimizer(policy, args.learning_rate)
+    if checkpoint:
+        load_optimizer(optimizer, checkpoint["optimizer"])
+    prompts = [sample.prompt for sample in train[:4]]
+    prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
+    prompt_ids[0] = prompt_ids[0][: max(1, len(prompt_ids[0]) // 2)]  # one that is shorter than the others
+    try:
+        queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
+        check_fit(policy, lambda mb: mb.responses * 0.0, queries, query_mask, behaviour, pad_id, args)
+    except UsageError as error:
+        fail(error)
+    thread = concurrent.futures.ThreadPoolExecutor(1)
+    announce(
+        run_dir, policy, datapools.describe_lengths(tokenizer, train, args.prompt_length, T), device, args, record, rank
+    )
+    evaluation = (policy, tokenizer, metrics, decoding, args, device, run_dir)
+    if iteration == 0:
+        evaluate("val", val, 0, *evaluation)
+        evaluate("test", test, 0, *evaluation)
+    else:
+        save_model(run_dir, policy, tokenizer, rank)  # a kill may have come between a checkpoint and its model
+
+    progress = tqdm(total=args.num_iterations, initial=iteration, disable=rank > 0 or not sys.stderr.isatty())
+    while iteration < args.num_iterations:
+        iteration += 1
+        started = seconds(device)
+        if args.anneal_lr:
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
+
+        # 1. sample responses; this process has the groups rank, rank + world_size, ... of the batch
+        groups = range(rank, args.batch_size // args.group_size, world_size)
+        own = [group * args.group_size + i for group in groups for i in range(args.group_size)]
+        positions = [((iteration - 1) * args.batch_size + i) // args.group_size for i in own]
+        samples = train.take(datapools.prompt_order(positions, len(train), args.seed))
+        prompts = [sample.prompt for sample in samples]
+        prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
+        queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)  # (B, Q)
+        uniform = uniforms(args.seed, iteration, own, T).to(device)  # (B, T)
+        warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
+        with torch.autocast(**autocast):
+            parts = [
+                sample_responses(policy, queries[rows], query_mask[rows], uniform[rows], behaviour, pad_id, warpers)
+                for rows in torch.arange(B).split(args.sample_batch_size)
+            ]
+        responses, mask, sampler_logprobs, kept_mass = map(torch.cat, zip(*parts, strict=True))  # (B, T) each
+        token_ids = until_eos(responses, eos)
+        generations = datapools.decode_responses(tokenizer, prompt_ids, token_ids, seq2seq)
+        finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
+        query_lengths, lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (prompt_ids, token_ids))  # (B,)
+        batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
+        batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_lengths, lengths=lengths)
+        sample_ended = seconds(device)
+
+        # 2. score the texts, while a thread makes the passes of step 3
+        passes = thread.submit(rollout_passes, policy, reference, batch, behaviour, autocast, args)
+        scores, reward_means = score_texts(reward_functions, args.reward_weights, samples, generations, token_ids)
+        scores = F.pad(scores, (0, T - scores.shape[1])).to(device)  # (B, T)
+        if args.eos_penalty is not None:
+            scores = torch.where(finished.unsqueeze(1), scores, F.one_hot(lengths - 1, T).to(device) * args.eos_penalty)
+        score_ended = seconds(device)
+
+        # 3. log-probs under the policy and the reference, and entropy: one pass each
+        logprobs, ref_logprobs, entropy = passes.result()  # (B, T) each, 0 on padding
+        sampler_error = total(((sampler_logprobs - logprobs) * mask).abs().sum()) / total(mask.sum())
+        if iteration == 1 and args.dtype == "float32" and not args.top_k and not sampler_error <= 1e-3:
+            fail(f"{policy.config.model_type} is sampled and scored differently: the tokens' log-probs differ by "
+                 f"{sampler_error:.2g} nats on average, and rounding gives less than 0.001", code=1)  # fmt: skip
+        forward_ended = seconds(device)
+
+        # 4. per-token rewards: the KL penalty at every token, the score at the last
+        kl = logprobs - ref_logprobs  # (B, T)
+        token_rewards = scores if args.kl_in_loss else scores - kl_coef * kl  # (B, T)
+
+        # 5. advantages: those of the response, at each of its tokens
+        advantages = group_advantages(token_rewards.sum(1), args.group_size, args.baseline)  # (B,)
+        advantages = advantages.unsqueeze(1) * mask  # (B, T)
+
+        # 6. update
+        batch |= dict(logprobs=logprobs, ref_logprobs=ref_logprobs, advantages=advantages)
+        update_sums = torch.zeros(5, dtype=torch.float64, device=device)
+        grad_norms, stopped_early = [], False
+        of_groups = replace(args, batch_size=args.batch_size // args.group_size)  # a group is never split
+        for epoch in range(args.update_epochs):
+            for mb_groups in minibatch_rows(of_groups, iteration, epoch, rank, world_size):
+                mb_rows = (mb_groups.unsqueeze(1) * args.group_size + torch.arange(args.group_size)).flatten()
+                minibatch = {name: tensor[mb_rows] for name, tensor in batch.items()}
+                mb_tokens = all_reduce_sum(minibatch["mask"].sum())
+                mb_kl = torch.zeros((), dtype=torch.float64, device=device)
+                for _, mb in micro_batches(minibatch, args.micro_batch_size):
+                    with torch.autocast(**autocast):
+                        logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)  # (b, T, V)
+                    new_logprobs = token_logprobs(logits, mb.responses)  # (b, T)
+                    log_ratio = (new_logprobs - mb.logprobs) * mb.mask
+                    ratio = log_ratio.exp()
+                    clipped = ratio.clamp(1 - args.clip_coef, 1 + (args.clip_coef_high or args.clip_coef))
+                    pg_loss = -torch.min(mb.advantages * ratio, mb.advantages * clipped)
+                    loss = pg_loss
+                    if args.kl_in_loss:
+                        ref_ratio = (mb.ref_logprobs - new_logprobs) * mb.mask
+                        loss = loss + kl_coef * (ref_ratio.exp() - 1 - ref_ratio)
+                    if args.ent_coef:
+                        loss = loss - args.ent_coef * token_entropy(logits)
+                    # a mean over the tokens of the whole minibatch, whose parts and processes are added up
+                    ((loss * mb.mask).sum() / mb_tokens).backward()
+                    with torch.no_grad():
+                        approx_kl = ratio - 1 - log_ratio  # k3 of http://joschu.net/blog/kl-approx.html
+                        clipfrac = (ratio != clipped).float()
+                        figures = torch.stack([pg_loss, approx_kl, clipfrac, ratio, mb.mask])
+                        update_sums += (figures * mb.mask).sum((1, 2))
+                        mb_kl += (approx_kl * mb.mask).sum()
+                if args.early_stop_kl and total(mb_kl) / mb_tokens > 1.5 * args.early_stop_kl:
+                    stopped_early = True
+                    break
+                grad_norms.append(sum_and_clip_gradients(policy, args.max_grad_norm))
+                optimizer.step()
+                optimizer.zero_grad()
+            if stopped_early:
+                optimizer.zero_grad()
+                break
+        update_ended = seconds(device)
+
+        # 7. KL controller, on the mean KL per token over all processes
+        tokens, mean_kl, penalty = total(mask.sum()), total(kl.sum()) / total(mask.sum()), kl_coef
+        if args.target_kl is not None:
+            kl_coef = next_kl_coef(kl_coef, mean_kl, args.target_kl)
+
+        # 8. log: every figure is over all processes, those of the update over all its minibatches
+        score, sums = total(scores.sum()) / args.batch_size, [total(x) for x in update_sums]
+        group_scores = scores.sum(1).view(-1, args.group_size)
+        equal = total((group_scores == group_scores[:, :1]).all(1).sum())
+        log_ended = seconds(device)
+        row = {
+            "iteration": iteration,
+            "objective/score": score,
+            "objective/kl": mean_kl,
+            "objective/kl_coef": penalty,
+            "objective/entropy": total(entropy.sum()) / tokens,
+            "objective/rlhf_reward": score - penalty * mean_kl * tokens / args.batch_size,
+            **{f"reward/{name}": total(mean * B) / args.batch_size for name, mean in reward_means.items()},
+            **dict(zip(UPDATE_FIGURES, (x / sums[-1] for x in sums[:-1]), strict=True)),
+            "losses/grad_norm": torch.tensor(grad_norms).mean().item() if grad_norms else 0.0,
+            "losses/optimizer_steps": len(grad_norms),
+            "losses/learning_rate": optimizer.param_groups[0]["lr"],
+            "rollout/response_length": tokens / args.batch_size,
+            "rollout/eos_fraction": total(finished.sum()) / args.batch_size,
+            "rollout/top_k_mass": total(kept_mass.sum()) / tokens,
+            "rollout/sampler_error": sampler_error,
+            "rollout/equal_groups": equal / (args.batch_size // args.group_size),
+            "time/sample_seconds": sample_ended - started,
+            "time/score_seconds": score_ended - sample_ended,
+            "time/forward_seconds": forward_ended - score_ended,  # waited for after the rewards
+            "time/update_seconds": update_ended - forward_ended,
+            "time/iteration_seconds": log_ended - started,
+            "time/tokens_per_second": tokens / (log_ended - started),
+        }
+        log_row(row, run_dir, progress, args, rank)
+
+        # 9. evaluate, save
+        done, stopping = iteration == args.num_iterations, total(bool(signals)) > 0
+        if done or iteration % args.eval_every == 0:
+            evaluate("val", val, iteration, *evaluation)
+        if done:
+            evaluate("test", test, iteration, *evaluation)
+        if done or stopping or iteration % args.save_every == 0:
+            state = dict(policy=policy.state_dict(), iteration=iteration, kl_coef=kl_coef)
+            state |= dict(optimizer=optimizer.state_dict())
+            save_checkpoint(run_dir, gathered(state, rank), rank)
+            save_model(run_dir, policy, tokenizer, rank)
+        if stopping:
+            break
+    progress.close()
+    if rank == 0 and iteration:
+        plot_curves(run_dir)
+        go_on = f"; go on with --run-dir {run_dir} --resume" if iteration < args.num_iterations else ""
+        print(f"{run_dir}: {iteration} of {args.num_iterations} iterations done{go_on}", flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if signals and signals[0][0] == signal.SIGINT:
+        raise SystemExit(130)
+
+
+# ------------------------------------------------------------------------------------------------ GRPO
+
+
+def group_advantages(rewards, group_size, baseline):
+    """Advantages (B,) of responses whose groups stand behind each other, from their rewards (B,).
+
+    grpo: what a response is above its group's mean, in deviations of the group; so much for an easy prompt, whose
+    responses are nearly all right, as for one that divides them. dr_grpo: not divided. rloo: above the mean of the
+    others, which has not seen the response and leaves the gradient unbiased; G / (G - 1) times dr_grpo.
+    """
+    rewards = rewards.view(-1, group_size)
+    above_mean = rewards - rewards.mean(1, keepdim=True)
+    if baseline == "grpo":
+        above_mean = above_mean / (rewards.std(1, keepdim=True) + 1e-4)  # of equal rewards 0
+    if baseline == "rloo":
+        above_mean = above_mean * group_size / (group_size - 1)
+    return above_mean.flatten()
+
+
+def next_kl_coef(kl_coef, kl, target_kl):
+    """RL4LMs' controller, after Ziegler et al. 2019: proportional, at most 2% a step."""
+    return kl_coef * (1 + 0.1 * float(np.clip((kl - target_kl) / target_kl, -0.2, 0.2)))
+
+
+def minibatch_rows(args, iteration, epoch, rank, world_size):
+    """Rows of this process' rollout in each minibatch: (num_minibatches, minibatch_size / world_size), on the CPU.
+
+    The batch is seen as num_minibatches x minibatch_size, sample i at row i // minibatch_size, and each column is
+    shuffled on its own. Process `rank` holds the columns rank, rank + world_size, ..., so every minibatch has the same
+    sequences for any number of processes and none has to travel.
+    """
+    shape = (args.num_minibatches, args.batch_size // args.num_minibatches)
+    generator = np.random.Generator(np.random.Philox(key=[args.seed, iteration], counter=[0, 0, epoch, MINIBATCHES]))
+    shuffled = generator.random(shape).argsort(0)  # rows of the matrix, column by column
+    own = torch.from_numpy(shuffled[:, rank::world_size])
+    return own * own.shape[1] + torch.arange(own.shape[1])
+
+
+# ------------------------------------------------------------------------------------------------ policy and value
+
+
+def load_config(args):
+    """The model's config; UsageError if it is no language model, or too short."""
+    config = datapools.model_config(args.model)
+    if config.model_type not in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES):
+        raise UsageError(f"--model {args.model}: {config.model_type} is no language model")
+    lengths, limit = (args.prompt_length, args.response_length), datapools.position_limit(config)
+    if (max(lengths) if config.is_encoder_decoder else sum(lengths)) > limit:
+        raise UsageError(f"--prompt-length, --response-length {lengths}: {args.model} has {limit} positions")
+    return config
+
+
+def load_weights(auto_class, flag, name):
+    """A model in float32, dropout off; UsageError if files are broken, or leave any weight at random."""
+    try:
+        model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{flag} {name}: cannot be loaded: {error!s:.300}") from None
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
+        raise UsageError(f"{flag} {name}: its files lack weights or have other shapes: {names}")
+    return model.eval()
+
+
+def load_policy(args, config, tokenizer, decoding):
+    """The policy, with the generation config that evaluation decodes by; without dropout, log-probs are a function of
+    the weights."""
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    policy = load_weights(auto_class, "--model", args.model)
+    eos = datapools.eos_ids(tokenizer, policy.generation_config)
+    # any padding token will do, since masks come from lengths, as long as it has an embedding
+    pad_id, embeddings = tokenizer.pad_token_id, policy.get_input_embeddings().weight.shape[0]
+    pad_id = eos[0] if pad_id is None or pad_id >= embeddings else pad_id
+    # of the folder's own generation config nothing stays: decoding is what the task and the flags say
+    lengths = dict(min_new_tokens=args.min_response_length or None, max_new_tokens=args.response_length)
+    tokens = dict(eos_token_id=eos, pad_token_id=pad_id, bos_token_id=tokenizer.bos_token_id)
+    if config.is_encoder_decoder:
+        tokens |= dict(decoder_start_token_id=decoder_start(policy.config, policy.generation_config))
+        tokens |= dict(forced_bos_token_id=args.languages and datapools.language_id(tokenizer, args.languages[1]))
+        policy.config.decoder_start_token_id = tokens["decoder_start_token_id"]
+    policy.generation_config = GenerationConfig(**tokens, **lengths, **decoding)
+    return policy
+
+
+def decoder_start(config, generation_config):
+    """The id that the decoder reads first: the config's, or BOS where it names none (T5Gemma)."""
+    places = (config, generation_config, config.get_text_config(decoder=True))
+    ids = [getattr(place, f"{name}_token_id", None) for name in ("decoder_start", "bos") for place in places]
+    if all(token_id is None for token_id in ids):
+        raise UsageError("--model: its config.json needs a decoder_start_token_id, the id that the decoder reads first")
+    return next(token_id for token_id in ids if token_id is not None)
+
+
+def prompt_and_response(query_mask, length):
+    """mask and position_ids (B, Q + length): a prompt starts at position 0, however much padding is before it."""
+    mask = F.pad(query_mask, (0, length), value=True).long()
+    return mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def response_pass(model, mb, **options):
+    """One teacher-forced pass of a language model or backbone over prompts and responses."""
+    if model.config.is_encoder_decoder:
+        start = torch.full_like(mb.responses[:, :1], model.config.decoder_start_token_id)
+        inputs = dict(input_ids=mb.queries, attention_mask=mb.query_mask.long())
+        inputs |= dict(decoder_input_ids=torch.cat([start, mb.responses[:, :-1]], 1))
+        return forward(model, **inputs, use_cache=False, **options)
+    mask, position_ids = prompt_and_response(mb.query_mask, mb.responses.shape[1] - 1)
+    input_ids = torch.cat([mb.queries, mb.responses[:, :-1]], 1)
+    inputs = dict(input_ids=input_ids, attention_mask=mask, position_ids=position_ids)
+    return forward(model, **inputs, use_cache=False, **options)
+
+
+def response_logits(policy, mb):
+    """Logits (B, T, V) of all response tokens in one pass, and of no prompt token."""
+    T = mb.responses.shape[1]
+    return response_pass(policy, mb, logits_to_keep=T).logits[:, -T:]
+
+
+def forward(model, **inputs):
+    """The model's outputs; of the inputs it is given those that it takes (BLOOM and MPT find positions themselves)."""
+    names = parameter_names(type(model))
+    return model(**{name: value for name, value in inputs.items() if name in names or "kwargs" in names})
+
+
+@functools.cache
+def parameter_names(model_class):
+    """What the forward of a model class takes; looking it up takes as long as a layer of a small model."""
+    return tuple(inspect.signature(model_class.forward).parameters)
+
+
+def head_in_float32(model):
+    """Under bfloat16 the language-model head still computes in float32: GPT-2's logits lie near -100, where bfloat16
+    has steps of half a nat."""
+    head = model.get_output_embeddings()
+    project = head.forward
+
+    def forward(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return project(hidden.float())
+
+    head.forward = forward
+
+
+def behaviour_logits(logits, first_position, temperature, min_response_length, eos, forced_bos=None):
+    """Logits of the distribution that is sampled, and therefore scored: tempered, EOS banned while it is too early, and
+    the first token given where a translation model wants its target language.
+
+    logits (B, n, V) at the response positions first_position .. first_position + n, in any dtype -> float32.
+    """
+    logits = logits.float() if temperature == 1.0 else logits.float() / temperature
+    if first_position < min_response_length:
+        logits[:, : min_response_length - first_position, eos] = -math.inf  # in place: a copy would be (B, n, V)
+    if first_position == 0 and forced_bos is not None:
+        logits[:, 0, torch.arange(logits.shape[-1]) != forced_bos] = -math.inf
+    return logits
+
+
+def token_logprobs(logits, responses):
+    """log pi(a_t | s_t) of the sampled tokens: logits (B, T, V), responses (B, T) -> (B, T)."""
+    return -F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none").view_as(responses)
+
+
+def token_entropy(logits):
+    """Entropy in nats of each distribution: (B, T, V) -> (B, T); banned tokens count 0, also in the gradient."""
+    entropy = []
+    for row in logits.unbind():  # one sequence at a time: what that takes stays in the processor's cache
+        logprobs = row.log_softmax(-1)
+        entropy.append(-(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1))
+    return torch.stack(entropy)
+
+
+def micro_batches(batch, size):
+    """Cuts a batch {name: (B, ...)} into parts of `size` rows of like lengths, each to its longest prompt and response.
+
+    Yields the rows (size,) and their tensors as a namespace.
+    """
+    starts, ends = batch["query_starts"], batch["query_starts"] + batch["query_lengths"]
+    for rows in batch["lengths"].argsort().split(size):
+        prompts, responses = slice(starts[rows].min(), ends[rows].max()), slice(batch["lengths"][rows].max())
+        cuts = {"queries": prompts, "query_mask": prompts}
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        yield rows, SimpleNamespace(**{n: x[:, cuts.get(n, responses)] if x.ndim > 1 else x for n, x in part.items()})
+
+
+@torch.no_grad()
+def rollout_passes(policy, reference, batch, behaviour, autocast, args):
+    """logprobs, ref_logprobs, entropy of the whole batch: (B, T) float32 each, 0 on padding."""
+    figures = torch.zeros(3, *batch["responses"].shape, device=batch["responses"].device)
+    for rows, mb in micro_batches(batch, args.micro_batch_size):
+        with torch.autocast(**autocast):
+            logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
+            logprobs, entropy = token_logprobs(logits, mb.responses), token_entropy(logits)
+            logits = behaviour_logits(response_logits(reference, mb), 0, **behaviour)
+            part = torch.stack([logprobs, token_logprobs(logits, mb.responses), entropy])
+        figures[:, rows, : part.shape[2]] = part.masked_fill(~mb.mask, 0.0)
+    return figures
+
+
+def make_optimizer(policy, learning_rate):
+    """AdamW; biases and norms are not decayed, as in RL4LMs."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        dict(params=[p for p in parameters if p.ndim > 1], weight_decay=1e-6),
+        dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def uniforms(seed, stream, indices, length):
+    """(len(indices), length) float64 uniform in [0, 1): the numbers at (seed, stream, index, position).
+
+    Counter-based (Philox, Salmon et al. 2011), so that they do not depend on who asks for them, when, or with whom:
+    a rollout is the same for any number of processes, and a resumed run needs no generator state.
+    """
+    philox = (np.random.Philox(key=[seed, stream], counter=[0, 0, index, TOKENS]) for index in indices)
+    return torch.from_numpy(np.stack([np.random.Generator(generator).random(length) for generator in philox]))
+
+
+def draw(logits, uniform):
+    """One token per row by the inverse CDF. logits (B, V), uniform (B,) -> (B,) int64; never one of probability 0."""
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+    tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers=()):
+    """Samples with a KV cache, one forward pass per token, until every row has ended; uniform (B, T) fixes the draws.
+
+    Returns responses, padded behind EOS; mask; sampler_logprobs of the drawn tokens; and kept_mass, the probability
+    that top-k leaves (1 without it): (B, T) each, 0 on padding.
+    """
+    responses = torch.full(uniform.shape, pad_id, device=queries.device)
+    mask = torch.zeros_like(responses, dtype=torch.bool)
+    logprobs, kept_mass = torch.zeros(2, *uniform.shape, device=queries.device)
+    running = torch.ones_like(mask[:, 0])  # (B,)
+    state, inputs = start_decoding(policy, queries, query_mask, uniform.shape[1])
+    ask_every = 16 if queries.is_cuda else 1  # asking a GPU whether all rows have ended waits for it
+    for t in range(uniform.shape[1]):
+        logits = behaviour_logits(decode_step(policy, state, inputs), t, **behaviour).squeeze(1)  # (B, V)
+        restricted = logits
+        for warper in warpers:
+            restricted = warper(None, restricted)
+        tokens = draw(restricted, uniform[:, t])
+        total_mass = restricted.logsumexp(-1)
+        mask[:, t] = running
+        responses[:, t] = tokens.where(running, pad_id)
+        logprobs[:, t] = (restricted.gather(1, tokens.unsqueeze(1)).squeeze(1) - total_mass) * running
+        kept_mass[:, t] = running if restricted is logits else (total_mass - logits.logsumexp(-1)).exp() * running
+        inputs = responses[:, t : t + 1]
+        running = running & ~torch.isin(tokens, behaviour["eos"])
+        if (t + 1) % ask_every == 0 and not any_running(running, policy):
+            break
+    return responses, mask, logprobs, kept_mass
+
+
+def start_decoding(policy, queries, query_mask, length):
+    """What decode_step needs for up to `length` tokens, and its first input: the start token, or the prompts."""
+    if policy.config.is_encoder_decoder:
+        start = torch.full_like(queries[:, :1], policy.config.decoder_start_token_id)
+        return dict(input_ids=queries, attention_mask=query_mask.long(), past_key_values=None), start
+    mask, position_ids = prompt_and_response(query_mask, length)
+    return dict(mask=mask, position_ids=position_ids, cache={}, seen=0), queries
+
+
+def decode_step(policy, state, inputs):
+    """Logits (B, 1, V) of the next response token; inputs (B, n) are the tokens that the cache has not seen."""
+    if policy.config.is_encoder_decoder:
+        outputs = forward(policy, decoder_input_ids=inputs, use_cache=True, **state)
+        state.pop("input_ids", None)  # the encoder runs once
+        encoded = MoEModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
+        state |= dict(encoder_outputs=encoded, past_key_values=outputs.get("past_key_values"))
+        return outputs.logits[:, -1:]
+    seen, now = state["seen"], state["seen"] + inputs.shape[1]
+    recurrent = seen and "past_key_values" not in state["cache"]  # Mamba and RWKV read the mask of what is new
+    mask, position_ids = state["mask"][:, seen if recurrent else 0 : now], state["position_ids"][:, seen:now]
+    read = dict(input_ids=inputs, attention_mask=mask, position_ids=position_ids)
+    outputs = forward(policy, **read, **state["cache"], use_cache=True, logits_to_keep=1)
+    names = ("past_key_values", "cache_params", "state")
+    state |= dict(cache={name: outputs[name] for name in names if outputs.get(name) is not None}, seen=now)
+    return outputs.logits[:, -1:]
+
+
+def any_running(running, policy):
+    """Whether to go on; the holders of a sharded policy take every step together, as each needs all parts."""
+    if isinstance(policy, FSDPModule):
+        return total(running.sum()) > 0
+    return running.any()
+
+
+def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args):
+    """UsageError unless sampling with a cache, one pass, and one pass of each row alone give the same, tried on a few
+    prompts (B, Q): a model whose cache, positions or attention do not fit is refused by what it does, not by name."""
+    kind = f"--model {args.model}: {policy.config.model_type} does not fit this script"
+    uniform = torch.full((len(queries), 4), 0.5, device=queries.device)
+    try:
+        with torch.no_grad():
+            responses, mask, sampled, _ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
+            batch = dict(queries=queries, query_mask=query_mask, responses=responses, lengths=mask.sum(1).cpu())
+            batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_mask.sum(1).cpu())
+            rows, figures = torch.arange(len(queries)), torch.zeros(2, *mask.shape, 2, device=mask.device)
+            for where, some in [(0, rows), *((1, row) for row in rows.split(1))]:
+                order, mb = next(micro_batches({name: tensor[some] for name, tensor in batch.items()}, len(some)))
+                logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
+                part = torch.stack([token_logprobs(logits, mb.responses), value_model(mb)], -1)
+                figures[where, some[order], : part.shape[1]] = part
+            beam_search(policy, queries, query_mask, max_new_tokens=2, min_new_tokens=None)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"{kind}: {type(error).__name__}: {error}") from None
+    together, alone = figures[:, mask]  # (tokens, 2) each: log-probs and values of all rows in one pass, and of each
+    errors = (sampled[mask] - together[:, 0]).abs().max(), (alone - together).abs().max()
+    if not max(errors) <= 1e-3:
+        raise UsageError(
+            f"{kind}: log-probs of sampling with a cache and of one pass differ by {errors[0]:.2g} nats, those of a "
+            f"padded row and of the row alone, or the values, by {errors[1]:.2g}; rounding gives less than 0.001"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+@torch.no_grad()
+def decode_split(policy, tokenizer, samples, decoding, args, device):
+    """The responses to all samples, of which each process decodes its share."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    seq2seq = policy.config.is_encoder_decoder
+    rounds = math.ceil(len(samples) / world_size)  # equal for all: the last may come to a sample that another has too
+    own, texts = torch.tensor([(rank + world_size * i) % len(samples) for i in range(rounds)]), {}
+    pad_id, eos = policy.generation_config.pad_token_id, torch.tensor(policy.generation_config.eos_token_id).to(device)
+    hidden = rank > 0 or not sys.stderr.isatty()
+    for indices in tqdm(own.split(args.sample_batch_size), "evaluation", leave=False, disable=hidden):
+        indices = indices.tolist()
+        prompts = [samples[i].prompt for i in indices]
+        prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
+        queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            if decoding.get("do_sample"):
+                # every evaluation draws the same numbers, so that two policies do not differ by luck
+                uniform = uniforms(args.seed, EVALUATION_STREAM, indices, args.response_length).to(device)
+                temperature, least = decoding.get("temperature", 1.0), args.min_response_length
+                behaviour = dict(temperature=temperature, min_response_length=least, eos=eos)
+                warpers = [TopKLogitsWarper(decoding["top_k"])] if decoding.get("top_k") else []
+                warpers += [TopPLogitsWarper(decoding["top_p"])] if decoding.get("top_p") else []
+                responses, mask, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers)
+            else:
+                responses = beam_search(policy, queries, query_mask)
+        generations = datapools.decode_responses(tokenizer, prompt_ids, until_eos(responses, eos), seq2seq)
+        texts |= dict(zip(indices, generations, strict=True))
+    parts = [texts]
+    if dist.is_initialized():
+        parts = [None] * world_size
+        dist.all_gather_object(parts, texts)
+    return [next(part[i] for part in parts if i in part) for i in range(len(samples))]
+
+
+def beam_search(policy, queries, query_mask, **options):
+    """The responses (B, <=T) that transformers' own search finds, as the policy's generation config says."""
+    sharded = isinstance(policy, FSDPModule)
+    if sharded:
+        policy.unshard()  # its embeddings, as generate calls parts of the model by themselves
+    output = policy.generate(input_ids=queries, attention_mask=query_mask.long(), synced_gpus=sharded, **options)
+    return output[:, 1 if policy.config.is_encoder_decoder else queries.shape[1] :]  # without start token or prompt
+
+
+def until_eos(responses, eos):
+    """The ids of each response (B, T) up to and including its first EOS, as lists."""
+    ended = torch.isin(responses, eos)
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, responses.shape[1])  # (B,)
+    return [row[:length] for row, length in zip(responses.tolist(), lengths.tolist(), strict=True)]
+
+
+def evaluate(split, samples, iteration, policy, tokenizer, metrics, decoding, args, device, run_dir):
+    """Decodes a split, measures, and leaves eval.jsonl, predictions/{split}_{iteration}.jsonl and a table."""
+    generations = decode_split(policy, tokenizer, samples, decoding, args, device)
+    figures, per_sample = measure(metrics, samples, generations, policy, tokenizer)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    row = {"iteration": iteration, "split": split} | figures
+    predictions = [
+        {"id": s.id, "prompt": s.prompt, "generation": generation, "references": s.references}
+        | {name: values[i] for name, values in per_sample.items()}
+        for i, (s, generation) in enumerate(zip(samples, generations, strict=True))
+    ]
+    (run_dir / "predictions").mkdir(exist_ok=True)
+    lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
+    (run_dir / "predictions" / f"{split}_{iteration}.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_row(run_dir / "eval.jsonl", row, args, prefix=f"eval/{split}/")
+    tqdm.write(f"--- {split} after {iteration} iterations: {len(samples)} samples")
+    for name, value in figures.items():
+        tqdm.write(f"    {name:<32} {value if value is None else round(value, 4)}")
+    for prediction in predictions[:2]:
+        tqdm.write("\n".join(f"    {name:<12} {value!r:.200}" for name, value in list(prediction.items())[1:]))
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def fail(message, code=2):
+    """Ends the process with one line from rank 0; code 2: the command is wrong, 1: the run cannot go on."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def parse_args(argv, policy_type):
+    """Args from the command line, and the record of the run that --resume goes on with ({} for a new one).
+
+    What is not typed comes from the run to resume, else from the task, then from Args itself; `--help` shows it.
+    """
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ahead.add_argument("--task", nargs="?", default=Args.task)
+    ahead.add_argument("--run-dir", "--run_dir", nargs="?")
+    ahead.add_argument("--resume", action="store_true")
+    known, _ = ahead.parse_known_args(argv)
+    record_file = Path(known.run_dir or "", "config.json")
+    record = json.loads(record_file.read_text()) if known.resume and known.run_dir and record_file.exists() else {}
+    task = datapools.get_task(record.get("task", known.task))
+    row = next((row for tasks, row in TASK_DEFAULTS.items() if known.task in tasks.split()), ())
+    defaults = dict(zip(TASK_COLUMNS, row, strict=False))
+    for name in ("reward", "metrics", "prompt_length", "response_length", "min_response_length", "truncation_side"):
+        defaults[name] = getattr(task, name)
+    defaults |= dict(task=known.task, model=getattr(task, f"{policy_type}_model", Args.model))
+    if policy_type == "seq2seq":  # perplexity of the references is defined for decoder-only models
+        defaults["metrics"] = tuple(name for name in task.metrics if name != "perplexity")
+    defaults |= {name: value for name, value in record.items() if name in Args.__dataclass_fields__}
+    message, settings = io.StringIO(), TypeAdapter(Args)
+    try:
+        with contextlib.redirect_stderr(message):
+            default = settings.validate_python(defaults)
+            args = tyro.cli(Args, description=__doc__, default=default, args=argv)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        # tyro draws a box: keep its text as one line, without frame, title and the help of each suggestion
+        lines = [line.strip("│ ") for line in message.getvalue().splitlines() if line.startswith("│")]
+        fail(" ".join(line for line in lines if not line.startswith(("─", "For full", "Argument helptext"))))
+    try:
+        args = settings.validate_python(asdict(args))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}") from None
+    if args.reward_weights is None:
+        args.reward_weights = task.reward_weights if args.reward == task.reward else (1.0,) * len(args.reward)
+    changed = [n for n, value in asdict(default).items() if record and n != "resume" and value != getattr(args, n)]
+    if changed and int(os.environ.get("RANK", 0)) == 0:
+        now = ", ".join(f"--{n.replace('_', '-')} {getattr(default, n)} -> {getattr(args, n)}" for n in changed)
+        print(f"{known.run_dir}: goes on with {now}")
+    check_args(args)
+    return args, record
+
+
+def check_args(args):
+    """Raises UsageError for settings that do not fit each other."""
+    processes, folder = int(os.environ.get("WORLD_SIZE", 1)), Path(args.run_dir or "")
+    whole, given = args.group_size * args.num_minibatches * processes, args.run_dir is not None
+    begun = folder.is_dir() and any(file.name not in ("config.json", ".lock") for file in folder.iterdir())
+    wrong = [
+        (args.batch_size % whole, f"--batch-size {args.batch_size}: must be a multiple of --group-size "
+            f"{args.group_size} times --num-minibatches {args.num_minibatches} times {processes} processes = {whole}"),
+        (args.min_response_length > args.response_length, f"--min-response-length {args.min_response_length}: at most "
+            f"--response-length {args.response_length}"),
+        (len(args.reward_weights) != len(args.reward), f"--reward-weights: {len(args.reward_weights)} values for "
+            f"{len(args.reward)} rewards"),
+        (args.fsdp and "WORLD_SIZE" not in os.environ, "--fsdp: shards over processes; start the script by torchrun"),
+        (args.fsdp and "perplexity" in args.metrics, "--metrics perplexity: needs the whole model; not with --fsdp"),
+        (args.resume and not given, "--resume: say which run by --run-dir"),
+        (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
+        (given and not args.resume and begun, f"--run-dir {folder}: exists; go on by --resume, or name another"),
+    ]  # fmt: skip
+    for applies, message in wrong:
+        if applies:
+            raise UsageError(message)
+
+
+# ------------------------------------------------------------------------------------------------ files of a run
+
+
+LOGS = ("metrics.jsonl", "eval.jsonl")
+
+
+def open_run_dir(args, record, rank):
+    """Makes or reopens the run folder, which no two runs share, and writes config.json. Rank 0 does, for all."""
+    outcome = [None]
+    if rank == 0:
+        now = datetime.now().strftime("%Y%m%d_%H%M%S_%f")
+        run_dir = Path(args.run_dir or f"runs/{Path(args.task).stem}__{Path(__file__).stem}__{args.seed}__{now}")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
+            # the kernel's lock goes with the process, however that ends
+            fcntl.flock(os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (run_dir / "config.json").write_text(json.dumps(asdict(args) | record, indent=1))
+            outcome = [run_dir]
+        except OSError as error:
+            outcome = [UsageError(f"--run-dir {run_dir}: not to be written, or another run is writing there: {error}")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UsageError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def save_checkpoint(run_dir, state, rank):
+    """Writes checkpoint/latest.pt aside, then renames: a crash at any moment leaves it or previous.pt whole.
+
+    The logs are in it, since what a run writes after its checkpoint will come again when it is resumed.
+    """
+    if rank > 0:
+        return
+    folder = run_dir / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    latest, previous, aside = folder / "latest.pt", folder / "previous.pt", folder / "aside.tmp"
+    state["logs"] = {name: (run_dir / name).read_text() for name in LOGS if (run_dir / name).exists()}
+    try:
+        with open(aside, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        while error.__context__:  # torch.save hides what the system said behind errors of its own
+            error = error.__context__
+        fail(f"{latest} cannot be written, the one before it is whole: {error}", code=1)
+    if latest.exists():
+        os.replace(latest, previous)
+    os.replace(aside, latest)
+
+
+def load_checkpoint(run_dir, rank):
+    """The state that was saved last, or None. The logs become what they were then."""
+    file = next((f for f in (run_dir / "checkpoint" / n for n in ("latest.pt", "previous.pt")) if f.exists()), None)
+    try:
+        state = file and torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
+        raise UsageError(f"{file}: damaged; remove it to go on from the one before: {error}") from None
+    for name in LOGS if rank == 0 else ():
+        (run_dir / name).write_text(state["logs"].get(name, "") if state else "")
+    return state
+
+
+def load_optimizer(optimizer, state):
+    """Loads a whole state, of which each process takes its parts if the parameters are sharded."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, slots in state["state"].items():
+        p = parameters[index]
+        for name, tensor in slots.items():
+            if isinstance(p, DTensor) and tensor.ndim:
+                slots[name] = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements)
+    optimizer.load_state_dict(state)
+
+
+def save_model(run_dir, policy, tokenizer, rank):
+    """Leaves model/ for from_pretrained, written aside and renamed; its generation config decodes as evaluation did."""
+    weights = gathered(policy.state_dict(), rank)
+    if rank > 0:
+        return
+    aside, old = run_dir / "model.tmp", run_dir / "model.old"
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    # tied weights are gathered once under each of their names
+    names = dict(policy.named_parameters(remove_duplicate=False)).keys() - dict(policy.named_parameters()).keys()
+    policy.save_pretrained(aside, state_dict={name: w for name, w in weights.items() if name not in names})
+    tokenizer.save_pretrained(aside)
+    if (run_dir / "model").exists():
+        (run_dir / "model").rename(old)
+    aside.rename(run_dir / "model")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_row(file, row, args, prefix=""):
+    """One more row in a .jsonl file, and the same in wandb."""
+    with open(file, "a") as lines:
+        lines.write(json.dumps(row) + "\n")
+    if args.track:
+        import wandb
+
+        wandb.log({prefix + name: value for name, value in row.items() if name != "split"}, step=row["iteration"])
+
+
+def log_row(row, run_dir, progress, args, rank):
+    """An iteration's figures into metrics.jsonl, and onto the terminal or, a line each, into its file."""
+    broken = ", ".join(name for name, value in row.items() if not math.isfinite(value))
+    if broken:
+        fail(f"iteration {row['iteration']}: not finite: {broken}; the last checkpoint is whole", code=1)
+    if rank == 0:
+        write_row(run_dir / "metrics.jsonl", row, args)
+        shown = "  ".join(f"{name.partition('/')[2]} {row[name]:.4g}" for name in SHOWN if name in row)
+        progress.set_postfix_str(shown)
+        progress.update()
+        if progress.disable:
+            print(f"iteration {row['iteration']}/{progress.total}  {shown}", flush=True)
+
+
+def plot_curves(run_dir):
+    """Draws curves.png: the main columns of metrics.jsonl, every reward, and the first metrics on val."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    rows, evals = (pd.read_json(run_dir / name, lines=True) for name in LOGS)
+    val = evals[evals["split"] == "val"].set_index("iteration").drop(columns="split").add_prefix("eval/val/")
+    curves = rows.set_index("iteration")[[n for n in rows if n in CURVES or n.startswith("reward/")]]
+    if "losses/explained_variance" in curves:  # a first point of -9 would flatten all others
+        curves["losses/explained_variance"] = curves["losses/explained_variance"].clip(lower=-1)
+    columns = [frame[name].dropna() for frame in (curves, val.iloc[:, :4]) for name in frame]
+    figure = Figure(figsize=(16, 3 * math.ceil(len(columns) / 4)), layout="tight")
+    for i, column in enumerate(columns):
+        axes = figure.add_subplot(math.ceil(len(columns) / 4), 4, i + 1)
+        column.plot(ax=axes, title=column.name, grid=True, marker="." if len(column) < 20 else None)
+    figure.savefig(run_dir / "curves.png")
+
+
+def announce(run_dir, policy, lengths, device, args, record, rank):
+    """The first lines of a run, and its place in wandb."""
+    if rank > 0:
+        return
+    size, processes = sum(p.numel() for p in policy.parameters()), record["world_size"]
+    where = f"{device.type}, {args.dtype}, {processes} process{'es' if processes > 1 else ''}"
+    print(f"{Path(__file__).stem}: {args.model}, {size:,} parameters, on {where}\n{run_dir}: {lengths}", flush=True)
+    if torch.cuda.device_count() > processes:
+        print(f"{torch.cuda.device_count() - processes} GPUs are idle; torchrun --nproc_per_node N uses N of them")
+    if args.track:
+        import wandb
+
+        wandb.init(name=run_dir.name, id=record["wandb_id"], resume="allow", config=asdict(args) | record)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def local_device():
+    """This process's own GPU, the LOCAL_RANK-th, or the CPU."""
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
+
+def join_processes(device):
+    """Joins torchrun's process group if there is one. Returns rank and world size."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        # rank 0 computes the metrics of a corpus while the others wait
+        options = dict(backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=4))
+        # torchrun --max-restarts keeps its store: without a prefix, new processes would meet the addresses of dead ones
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(store=store, rank=rank, world_size=world_size, **options)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def prepare_model(model, device, fsdp):
+    """Puts a model onto the device, with --fsdp sharded: each process keeps a part of every weight, gradient and
+    optimizer state, a layer's weights are gathered when it runs, and gradients are summed over the processes."""
+    if hasattr(model, "get_output_embeddings"):
+        head_in_float32(model)
+    if fsdp:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        layers = getattr(model, "backbone", model)._no_split_modules
+        for module in [*(m for m in model.modules() if type(m).__name__ in layers), model]:
+            fully_shard(module, mesh=mesh)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    model.to(device)
+
+
+def sum_and_clip_gradients(model, max_norm):
+    """Adds up the gradients of all processes, and scales them to a norm of at most max_norm. Returns what it was."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:  # an expert that had no token here may have had one elsewhere; what is never used stays at 0
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if dist.is_initialized() and not isinstance(model, FSDPModule):
+        flat = all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters]))  # one buffer, as in CleanRL
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(part.view_as(p))
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def all_reduce_sum(tensor):
+    """The sum of `tensor` over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def total(x):
+    """The sum over all processes, of a number or a tensor with one, as a float."""
+    x = torch.as_tensor(x, dtype=torch.float64)
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return all_reduce_sum(x.cuda() if on_gpu else x.clone()).item()
+
+
+def gathered(state, rank):
+    """The state with all sharded tensors whole and on the CPU, for rank 0; to be called on all processes."""
+
+    def whole(tensor):
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+            return tensor.cpu() if rank == 0 else None
+        return tensor
+
+    return tree_map(whole, state)
+
+
+def checksum(model):
+    """Of the bits of all weights, exact on any machine: what tells the start model of another run."""
+    return sum(p.detach().view(torch.int32).sum(dtype=torch.int64).item() for p in model.parameters())
+
+
+def note_signals():
+    """A list in which SIGTERM and SIGINT are noted for the loop to see; a second one ends the process at once."""
+    signals = []
+
+    def note(number, frame):
+        # torchrun passes on what the terminal has sent already: only a later signal is a second one
+        if signals and time.monotonic() - signals[0][1] > 1:
+            os._exit(128 + number)
+        if not signals and int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, b"\nstopping after this iteration, with a checkpoint; again to end now\n")
+        signals.append((number, time.monotonic()))
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return signals
+
+
+def seconds(device):
+    """Wall clock in seconds, after the device has finished what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# the last word of every counter: what its random numbers are for (datapools.prompt_order has one too)
+TOKENS, MINIBATCHES = range(2)
+EVALUATION_STREAM = 2**63 - 1  # no iteration has this number
+
+UPDATE_FIGURES = ("losses/policy", "losses/approx_kl", "losses/clipfrac", "losses/ratio")
+SHOWN = ("objective/score", "objective/kl", "losses/nll", "time/tokens_per_second")
+CURVES = (
+    "objective/score", "objective/kl", "objective/kl_coef", "objective/entropy", "rollout/response_length",
+    "losses/policy", "losses/value", "losses/explained_variance",
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
