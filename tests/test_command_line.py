@@ -176,7 +176,7 @@ def two_arguments(prompts, generations):
 
 
 def changed(prompts, change):
-    """Good values in the trial and in the first iteration; then what goes wrong, so that there is a checkpoint before."""
+    """Good values in the trial and in the first iteration, which leaves a checkpoint; then what goes wrong."""
     global calls
     calls += 1
     values = [0.5] * len(prompts)
