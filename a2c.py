@@ -816,7 +816,7 @@ def parse_args(argv, policy_type):
     defaults = dict(zip(TASK_COLUMNS, row, strict=False))
     for name in ("reward", "metrics", "prompt_length", "response_length", "min_response_length", "truncation_side"):
         defaults[name] = getattr(task, name)
-    defaults |= dict(task=known.task, model=getattr(task, f"{policy_type}_model"))
+    defaults |= dict(task=known.task, model=getattr(task, f"{policy_type}_model", Args.model))
     if policy_type == "seq2seq":  # perplexity of the references is defined for decoder-only models
         defaults["metrics"] = tuple(name for name in task.metrics if name != "perplexity")
     defaults |= {name: value for name, value in record.items() if name in Args.__dataclass_fields__}
@@ -926,7 +926,7 @@ def load_checkpoint(run_dir, rank):
     file = next((f for f in (run_dir / "checkpoint" / n for n in ("latest.pt", "previous.pt")) if f.exists()), None)
     try:
         state = file and torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
         raise UsageError(f"{file}: damaged; remove it to go on from the one before: {error}") from None
     for name in LOGS if rank == 0 else ():
         (run_dir / name).write_text(state["logs"].get(name, "") if state else "")
