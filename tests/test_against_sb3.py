@@ -119,7 +119,7 @@ def test_a2c(seq2seq, case):
     variables["sum_and_clip_gradients"] = clip_together(a2c, variables)
     after = run_steps("a2c", 5, 6, **variables, optimizer=optimizer)
     assert_weights(variables, case["end"])
-    policy, value = (after["update_sums"] / after["mask"].sum()).tolist()
+    policy, value = (after["update_sums"] / after["mask"].sum()).tolist()[:2]
     assert policy == close(case["logged"]["policy_loss"])
     assert value == close(case["logged"]["value_loss"])
 
