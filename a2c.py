@@ -110,8 +110,8 @@ class Args:
 
     # --- what is learned
     task: str = "cnn_dm"  # a task of datapools.py, or one's own data: a file or folder of `prompt` and `references`
-    model: str = "t5-base"  # the policy to start from: a hub name, or a folder of `save_pretrained`
     policy_type: Literal["seq2seq", "causal"] = "seq2seq"  # which default model; another tells by itself
+    model: str = "t5-base"  # the policy to start from: a hub name, or a folder of `save_pretrained`
     value_model: str | None = None  # the critic's backbone, as of a reward model of the same tokens; default: --model's
     reward: tuple[str, ...] = ("rouge1",)  # one or more rewards of rewards.py, or path/to/file.py:function
     reward_weights: tuple[float, ...] | None = None  # a weight for each reward; default: the task's, else 1 each

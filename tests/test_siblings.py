@@ -36,6 +36,7 @@ BY_ALGORITHM = {
 }
 # Fields of Args whose default or text differs on purpose; texts are compared among RL scripts only
 BY_SCRIPT_FIELDS = {
+    "gae_lambda": {"doc"},  # what RL4LMs has
     "task": {"default"},  # what the policy type is usually shown on
     "model": {"default"},
     "batch_size": {"default"},
