@@ -1,114 +1,120 @@
-"""Each RL script from the same supervised model on `numbers`: what it takes to reach a validation score.
+"""Each RL script from the same supervised model on `numbers`: what it takes to reach a score, and where it ends.
 
-    python benchmarks/learning.py --seeds 1 2 3 --jobs 2 --out runs/learning
+    OMP_NUM_THREADS=1 python benchmarks/learning.py --seeds 1 2 3 --jobs 2 --out runs/learning
 
-trains one supervised model per policy type and seed, then every script from it until the score is reached, and prints
-a table of iterations, sampled tokens and seconds of iterations (evaluations not counted). Each run is a process of one
-thread; `--jobs` of them run side by side.
+trains one supervised model per policy type and seed, then every script from it with its defaults, and prints a table,
+whose tokens and seconds are those of the iterations until the goal (evaluations not counted). `--jobs` processes run
+side by side; what is there already is read, not repeated. `--picture docs/learning_curve.png` draws PPO's curves.
 """
 
 import concurrent.futures
 import json
 import os
-import signal
+import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-GOALS = {"ppo": 0.9, "nlpo": 0.9, "a2c": 0.8, "trpo": 0.8}
 
 
 @dataclass
 class Args:
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of the supervised and the RL runs"""
-    algorithms: tuple[str, ...] = ("ppo", "nlpo", "a2c", "trpo")
-    """which of the four"""
-    policy_types: tuple[str, ...] = ("seq2seq", "causal")
-    """which policies"""
-    jobs: int = 2
-    """runs side by side"""
-    eval_every: int = 5
-    """iterations between evaluations: the resolution of the table"""
-    out: Path = Path("runs/learning")
-    """where the runs go; those that are there already are read, not repeated"""
+    seeds: tuple[int, ...] = (1, 2, 3)  # of the supervised and the RL runs
+    algorithms: tuple[str, ...] = ("ppo", "nlpo", "a2c", "trpo", "grpo")  # which of the five
+    policy_types: tuple[str, ...] = ("seq2seq", "causal")  # which policies
+    goal: float = 0.9  # the mean score on validation data that is waited for
+    jobs: int = 2  # runs side by side
+    eval_every: int = 5  # iterations between evaluations: the resolution of the table
+    out: Path = Path("runs/learning")  # where the runs go
+    picture: Path | None = None  # draw the scores of ppo_seq2seq.py on val into this file
 
 
 def rows_of(file):
-    """The whole lines of a JSONL file that may still be growing."""
-    return (
-        [json.loads(line) for line in file.read_text().splitlines(True) if line.endswith("\n")] if file.exists() else []
-    )
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def reached(run_dir, goal):
-    """The first evaluation on val with at least this score, or None."""
-    scores = [row for row in rows_of(run_dir / "eval.jsonl") if row["split"] == "val"]
-    return next((row for row in scores if row["increasing_numbers"] >= goal), None)
+def scores_of(run_dir, split):
+    """{iteration: score}"""
+    rows = rows_of(run_dir / "eval.jsonl")
+    return {row["iteration"]: row["increasing_numbers"] for row in rows if row["split"] == split}
 
 
-def run(script, run_dir, *options, goal=None):
-    """Runs a script to its end, or, told by SIGTERM, until the goal is reached."""
-    if (run_dir / "model").exists():
+def run(script, run_dir, **flags):
+    """Runs a script to its end, unless its last evaluation is there already."""
+    if any(scores_of(run_dir, "test")):
         return
-    command = [sys.executable, ROOT / script, "--task", "numbers", "--run-dir", run_dir, "--resume", *map(str, options)]
+    flags = dict(task="numbers", run_dir=run_dir) | flags
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(run_dir.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        )
-        while process.poll() is None:
-            time.sleep(1)
-            if goal and reached(run_dir, goal):
-                process.send_signal(signal.SIGTERM)
-                process.wait()
-    if process.returncode:
-        raise SystemExit(f"{script} failed: see {run_dir.with_suffix('.log')}")
+        command = [sys.executable, ROOT / script, *words, "--resume"]
+        subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 
 
 def experiment(algorithm, policy_type, seed, args):
-    """One RL run from its supervised model. Returns a row of the table."""
+    """One RL run from its supervised model. Returns a row of the table, and the score at the end."""
     script = f"{algorithm}_{policy_type}.py" if algorithm in ("ppo", "nlpo") else f"{algorithm}.py"
     run_dir = args.out / f"{algorithm}_{policy_type}_{seed}"
     model = args.out / f"supervised_{policy_type}_{seed}" / "model"
-    options = ["--model", model, "--seed", seed, "--eval-every", args.eval_every]
-    run(script, run_dir, *options, goal=GOALS[algorithm])
-    start, end = rows_of(run_dir / "eval.jsonl")[0], reached(run_dir, GOALS[algorithm])
-    metrics = rows_of(run_dir / "metrics.jsonl")
+    run(script, run_dir, model=model, seed=seed, eval_every=args.eval_every)
+    scores, metrics = scores_of(run_dir, "val"), rows_of(run_dir / "metrics.jsonl")
+    reached = next((iteration for iteration, score in scores.items() if score >= args.goal), None)
     batch_size = json.loads((run_dir / "config.json").read_text())["batch_size"]
-    taken = [row for row in metrics if end and row["iteration"] <= end["iteration"]]
+    taken = metrics[:reached] if reached is not None else []
     tokens = sum(row["rollout/response_length"] * batch_size for row in taken)
     seconds = sum(row["time/iteration_seconds"] for row in taken)
-    if end is None:
-        return f"| {script} | {policy_type} | {seed} | {start['increasing_numbers']:.2f} | not reached | | | |"
-    scores = f"{start['increasing_numbers']:.2f} | {end['increasing_numbers']:.2f}"
-    return f"| {script} | {policy_type} | {seed} | {scores} | {end['iteration']} | {tokens:,.0f} | {seconds:.0f} |"
+    cost = f"{reached} | {tokens:,.0f} | {seconds:.0f}" if taken else "not reached | | "
+    best, last = max(scores.values()), scores[metrics[-1]["iteration"]]
+    ends = f"{scores[0]:.2f} | {cost} | {best:.2f} | {last:.2f} after {metrics[-1]['iteration']}"
+    return f"| {script} | {policy_type} | {seed} | {ends} |", last
 
 
-if __name__ == "__main__":
+def draw(args):
+    """The scores of ppo_seq2seq.py on val, a line for each seed, and their mean."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    runs = {f"seed {seed}": scores_of(args.out / f"ppo_seq2seq_{seed}", "val") for seed in args.seeds}
+    table = pd.DataFrame(runs)
+    axes = table.plot(figsize=(7, 3.2), marker=".", linewidth=1, alpha=0.6, grid=True, ylim=(0, 1))
+    table.mean(axis=1).plot(ax=axes, color="black", linewidth=2, label="mean")
+    axes.set(xlabel="iterations of ppo_seq2seq.py on numbers", ylabel="mean score on val")
+    axes.legend(loc="lower right")
+    plt.tight_layout()
+    plt.savefig(args.picture, dpi=110)
+
+
+def main():
     args = tyro.cli(Args, description=__doc__)
+    kinds = [(kind, seed) for kind in args.policy_types for seed in args.seeds]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        folders = [args.out / f"supervised_{kind}_{seed}" for kind, seed in kinds]
         starts = [
-            pool.submit(
-                run, "supervised.py", args.out / f"supervised_{kind}_{seed}", "--policy-type", kind, "--seed", seed
-            )
-            for kind in args.policy_types
-            for seed in args.seeds
+            pool.submit(run, "supervised.py", folder, policy_type=kind, seed=seed)
+            for folder, (kind, seed) in zip(folders, kinds, strict=True)
         ]
         for start in starts:
             start.result()
-        runs = [
-            pool.submit(experiment, algorithm, kind, seed, args)
+        runs = {
+            (algorithm, *kind): pool.submit(experiment, algorithm, *kind, args)
             for algorithm in args.algorithms
-            for kind in args.policy_types
-            for seed in args.seeds
-        ]
-        print("| script | policy | seed | supervised | reached | iterations | tokens | seconds |")
-        print("|---|---|---|---|---|---|---|---|")
-        for row in runs:
-            print(row.result(), flush=True)
+            for kind in kinds
+        }
+        print("| script | policy | seed | supervised | iterations to the goal | tokens | seconds | best | at the end |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for result in runs.values():
+            print(result.result()[0], flush=True)
+        for algorithm in args.algorithms:
+            for kind in args.policy_types:
+                last = [runs[algorithm, kind, seed].result()[1] for seed in args.seeds]
+                print(f"{algorithm}, {kind}: {statistics.mean(last):.3f} at the end, none below {min(last):.3f}")
+    if args.picture:
+        draw(args)
+
+
+if __name__ == "__main__":
+    main()

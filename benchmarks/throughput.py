@@ -1,16 +1,17 @@
-"""What an iteration of each script costs beside the model passes that its algorithm cannot avoid.
+"""What an iteration of a script costs: against the model passes that its algorithm cannot avoid, and another checkout.
 
-    OMP_NUM_THREADS=1 python benchmarks/throughput.py --shape causal-base --scripts ppo_causal nlpo_causal a2c
-    python benchmarks/throughput.py --shape seq2seq-small --scaling processes batch length
-    python benchmarks/throughput.py --gpu
+    OMP_NUM_THREADS=1 python benchmarks/throughput.py --shape causal-small seq2seq-small --scripts ppo nlpo a2c grpo
+    OMP_NUM_THREADS=1 python benchmarks/throughput.py --shape causal-small --scripts ppo --against ../old
+    OMP_NUM_THREADS=1 python benchmarks/throughput.py --shape causal-base --scripts ppo --processes 2
 
-In turns, in one process: an iteration of the real script (its main, run by runpy on a model of random weights and a
-task of prompts of exactly the given length, whose responses cannot end early), then the bare floor: as many cached
-decode steps, one forward pass each of policy, reference and value model, and the forward, backward and AdamW steps of
-the update, at the same shapes and in the same dtype, without masks, sampling, texts, losses of PPO, clipping or logs.
-Medians of the iterations after the first, by the clock and by the process's CPU time, which other work on the machine
-disturbs less; evaluations and checkpoints are left out. NLPO's floor has the masking model's decode steps as well;
-A2C's is one step per batch. Peak memory is that of processes of their own, one for the script and one for the floor.
+Each side is a process of its own (that of several processes: as many), and they take turns, an iteration each: the
+script's main, on a model of random weights and a task of prompts of exactly the given length, whose responses cannot
+end early; the same script of the other folder; and the bare floor: as many cached decode steps, one forward pass each
+of policy, reference and value model, and the forward, backward and AdamW steps of the update, in the same shapes and
+dtype, without masks, drawing, texts, the algorithm's losses, clipping or logs. NLPO's floor has the masking model's
+decode steps as well, A2C's is one step per batch, GRPO's has no value model. The first iteration of each is a warm-up;
+evaluations and checkpoints are left out. CPU seconds are those of all threads of the process, which other work on the
+machine disturbs less than the clock; ratios are those of the iterations of one turn.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+HERE = Path(__file__).resolve().parent.parent
 GPT2 = dict(n_positions=1024)
 T5 = dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
 GPT2_SMALL = dict(GPT2, bos_token_id=1, eos_token_id=1, n_embd=256, n_layer=4, n_head=4, vocab_size=4096)
@@ -58,86 +60,54 @@ SHAPES = {
     "causal-tiny": (dict(GPT2_SMALL, n_embd=64, n_layer=1), 8, 16, 8, 1, 2),
     "seq2seq-tiny": (dict(T5_SMALL, d_model=64, d_ff=128, num_layers=1), 8, 16, 8, 1, 2),
 }
-PARTS = ("sample", "forward", "score", "update", "iteration")
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}  # bf16, dense
-
-
-class Done(BaseException):
-    """Ends the script after the last iteration that is wanted, before it saves anything."""
-
-
-def shape_of(name, options):
-    """The shape of that name, changed as the options want it."""
-    shape = dict(zip(COLUMNS, SHAPES[name], strict=True), name=name)
-    for column in ("batch_size", "response_length", "update_epochs", "minibatch"):
-        shape[column] = getattr(options, column) or shape[column]
-    shape["batch_size"] *= options.batch_times
-    return shape
-
-
-def is_causal(shape):
-    return shape["name"].startswith("causal")
+PARTS = ("sample", "forward", "update", "iteration")  # forward: log-probs and values, and the rewards beside them
 
 
 def make_config(shape):
-    return (transformers.GPT2Config if is_causal(shape) else transformers.T5Config)(**shape["config"])
+    return (transformers.GPT2Config if shape["causal"] else transformers.T5Config)(**shape["config"])
+
+
+def make_model(shape):
+    return (transformers.GPT2LMHeadModel if shape["causal"] else transformers.T5ForConditionalGeneration)(
+        make_config(shape)
+    )
 
 
 def make_inputs(folder, shape):
     """A model folder with random weights and a tokenizer of the words w0, w1, ...; and a task of such words."""
     torch.manual_seed(0)
-    config = make_config(shape)
-    causal = is_causal(shape)
-    model = (transformers.GPT2LMHeadModel if causal else transformers.T5ForConditionalGeneration)(config)
-    model.save_pretrained(folder / "model")
-    words = ["<pad>", "</s>", *(f"w{i}" for i in range(config.vocab_size - 2))]
+    make_model(shape).save_pretrained(folder / "model")
+    words = ["<pad>", "</s>", *(f"w{i}" for i in range(make_config(shape).vocab_size - 2))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if not causal:
+    if not shape["causal"]:
         tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"
-    ).save_pretrained(folder / "model")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    tokenizer.save_pretrained(folder / "model")
     (folder / "task").mkdir()
     rng = random.Random(0)
     for split, count in (("train", 256), ("validation", 1), ("test", 1)):
         with open(folder / "task" / f"{split}.jsonl", "w") as file:
             for _ in range(count):
-                prompt, reference = (
-                    " ".join(rng.choices(words[2:], k=length))
-                    for length in (shape["prompt_length"] - (not causal), shape["response_length"])
-                )
+                lengths = shape["prompt_length"] - (not shape["causal"]), shape["response_length"]
+                prompt, reference = (" ".join(rng.choices(words[2:], k=length)) for length in lengths)
                 file.write(json.dumps(dict(prompt=prompt, references=[reference])) + "\n")
 
 
-def script_flags(script, folder, shape, options):
-    flags = dict(
-        task=folder / "task",
-        model=folder / "model",
-        run_dir=tempfile.mkdtemp(dir=folder),
-        reward="rouge1",
-        metrics="rouge1",
-        prompt_length=shape["prompt_length"],
-        response_length=shape["response_length"],
-        min_response_length=shape["response_length"],
-        batch_size=shape["batch_size"],
-        micro_batch_size=options.micro_batch_size,
-        num_iterations=10**6,
-        eval_every=10**6,
-        save_every=10**6,
-        eval_samples=1,
-        dtype=options.dtype,
-    )
-    if script != "a2c":
+def run_script(path, script, folder, shape, options, turn):
+    """Runs the script's main, and calls `turn` with (seconds, CPU seconds) at the bounds of each iteration's parts."""
+    flags = dict(task=folder / "task", model=folder / "model", run_dir=tempfile.mkdtemp(dir=folder))
+    flags |= dict(reward="rouge1", metrics="rouge1", eval_samples=1, dtype=options["dtype"])
+    flags |= dict.fromkeys(("num_iterations", "eval_every", "save_every"), 10**6)
+    flags |= {name: shape[name] for name in ("batch_size", "prompt_length", "response_length")}
+    flags |= dict(min_response_length=shape["response_length"], micro_batch_size=options["micro_batch_size"])
+    if script not in ("a2c", "trpo"):
         flags |= dict(update_epochs=shape["update_epochs"], num_minibatches=shape["batch_size"] // shape["minibatch"])
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return words + ["--compile"] * options.compile + ["--no-cuda"] * (not torch.cuda.is_available())
-
-
-def run_script(script, folder, shape, options, iterations, between):
-    """Runs the script's main; calls `between` after each iteration. Returns {part: [(seconds, CPU seconds), ...]}."""
-    path = str(Path(options.folder).resolve() / f"{script}.py")
-    clock, stamps, times = time.perf_counter, [], {part: [] for part in PARTS}
+    if script == "grpo":
+        flags["group_size"] = 2
+    if "RANK" in os.environ:  # torchrun's processes agree on one
+        flags["run_dir"] = folder / f"run_{os.environ['MASTER_PORT']}"
+    clock, stamps = time.perf_counter, []
 
     def stamped():
         now = clock()
@@ -149,51 +119,36 @@ def run_script(script, folder, shape, options, iterations, between):
         """The script's progress bar, which is told of every iteration."""
 
         def update(self, n=1):
-            if len(stamps) != 6:  # not the loop's
-                return
-            start, sample, forward, score, update, end = stamps
-            spans = ((start, sample), (sample, forward), (forward, score), (score, update), (start, end))
-            for part, (a, b) in zip(PARTS, spans, strict=True):
-                times[part].append((b[0] - a[0], b[1] - a[1]))
-            between()
-            stamps.clear()
-            if len(times["iteration"]) == iterations:
-                raise Done
+            if len(stamps) == 6:  # the loop's: start, sample, forward and score in either order, update, log
+                turn([stamps[i] for i in (0, 1, 3, 4, 5)])
+                stamps.clear()
 
-    argv, path_before, original = sys.argv, list(sys.path), tqdm.tqdm
-    sys.argv = [path, *script_flags(script, folder, shape, options)]
-    sys.path.insert(0, str(Path(path).parent))
+    sys.argv = [str(path), *(word for name, x in flags.items() for word in (f"--{name.replace('_', '-')}", str(x)))]
+    sys.path.insert(0, str(path.parent))
     time.perf_counter, tqdm.tqdm = stamped, Progress
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            runpy.run_path(path, run_name="__main__")
-    except Done:
-        pass
-    finally:
-        time.perf_counter, tqdm.tqdm, sys.argv, sys.path[:] = clock, original, argv, path_before
-    return times
+    runpy.run_path(str(path), run_name="__main__")
 
 
 class Floor:
     """The passes of an iteration, and nothing else."""
 
     def __init__(self, script, shape, options):
-        config, self.shape, self.causal = make_config(shape), shape, is_causal(shape)
+        config, self.causal = make_config(shape), shape["causal"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model_class = transformers.GPT2LMHeadModel if self.causal else transformers.T5ForConditionalGeneration
-        self.policy, self.reference = (model_class(config).eval().to(self.device) for _ in range(2))
+        self.policy, self.reference = (make_model(shape).eval().to(self.device) for _ in range(2))
         self.reference.requires_grad_(False)
         self.backbone = transformers.AutoModel.from_config(config).eval().to(self.device)
         self.head = torch.nn.Linear(self.backbone.config.hidden_size, 1, bias=False).to(self.device)
-        parameters = [*self.policy.parameters(), *self.backbone.parameters(), *self.head.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+        self.critic = script != "grpo"
+        learning = [self.policy] + [self.backbone, self.head] * self.critic
+        self.optimizer = torch.optim.AdamW([p for m in learning for p in m.parameters()], lr=1e-6, fused=True)
         self.decoders = [self.policy] + [self.reference] * script.startswith("nlpo")
         B, Q, T = shape["batch_size"], shape["prompt_length"], shape["response_length"]
         self.queries = torch.randint(2, config.vocab_size, (B, Q), device=self.device)
         self.responses = torch.randint(2, config.vocab_size, (B, T), device=self.device)
         self.epochs, self.minibatch = (1, B) if script == "a2c" else (shape["update_epochs"], shape["minibatch"])
-        self.micro, self.sample_rows = options.micro_batch_size, 32
-        self.autocast = dict(device_type=self.device.type, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16")
+        self.micro, self.sample_rows = options["micro_batch_size"], 32
+        self.autocast = dict(device_type=self.device.type, dtype=torch.bfloat16, enabled=options["dtype"] == "bfloat16")
 
     @torch.no_grad()
     def sample(self):
@@ -237,200 +192,152 @@ class Floor:
             with torch.autocast(**self.autocast):
                 self.logits(self.policy, rows)
                 self.logits(self.reference, rows)
-                self.values(rows)
+                if self.critic:
+                    self.values(rows)
 
     def update(self):
         for _ in range(self.epochs):
             for minibatch in torch.arange(len(self.queries)).split(self.minibatch):
                 for rows in minibatch.split(self.micro):
                     with torch.autocast(**self.autocast):
-                        logits, values = self.logits(self.policy, rows), self.values(rows)
-                    loss = F.cross_entropy(logits.flatten(0, 1).float(), self.responses[rows].flatten())
-                    (loss + values.float().mean()).backward()
+                        logits = self.logits(self.policy, rows)
+                        loss = F.cross_entropy(logits.flatten(0, 1).float(), self.responses[rows].flatten())
+                        if self.critic:
+                            loss = loss + self.values(rows).float().mean()
+                    loss.backward()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
-    def __call__(self):
-        """{part: (seconds, CPU seconds)} of one iteration."""
-        stamps = [self.now()]
-        for part in (self.sample, self.forward, self.update):
-            part()
-            stamps.append(self.now())
-        start, sample, forward, update = stamps
-        spans = ((start, sample), (sample, forward), (forward, forward), (forward, update), (start, update))
-        return {part: (b[0] - a[0], b[1] - a[1]) for part, (a, b) in zip(PARTS, spans, strict=True)}
-
-    def now(self):
+    def bound(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
 
 
-def peak_memory():
-    """GiB, of the GPU if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def work(side, script, folder, shape, options):
+    """What a process of its own does: an iteration, a line of JSON about it, and on when it is told."""
+    floor, told = Floor(script, shape, options) if side == "floor" else None, sys.stdout
+
+    def turn(bounds):
+        start, sample, forward, update, end = bounds
+        spans = ((start, sample), (sample, forward), (forward, update), (start, end))
+        result = {part: (b[0] - a[0], b[1] - a[1]) for part, (a, b) in zip(PARTS, spans, strict=True)}
+        if torch.cuda.is_available():
+            result["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            result["GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(result), file=told, flush=True)
+        sys.stdin.readline()
+
+    if not floor:
+        with contextlib.redirect_stdout(sys.stderr):
+            run_script(Path(side), script, Path(folder), shape, options, turn)
+    while True:
+        bounds = [floor.bound()]
+        for part in (floor.sample, floor.forward, floor.update):
+            part()
+            bounds.append(floor.bound())
+        turn([*bounds, bounds[-1]])
 
 
-def work(options):
-    """What a process of its own does: measures and prints one line of JSON."""
-    shape = shape_of(options.shape[0], options)
-    script, folder = options.scripts[0], Path(options.worker_folder)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    result = {}
-    floor_times = {part: [] for part in PARTS}
-    floor = Floor(script, shape, options) if options.worker in ("turns", "floor") else None
+class Side:
+    """The process, or processes, of one side."""
 
-    def between():
-        for part, span in floor().items() if floor else ():
-            floor_times[part].append(span)
+    def __init__(self, processes, *job):
+        env = dict(os.environ)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.children, self.errors = [], tempfile.TemporaryFile("w+")
+        for rank in range(processes):
+            if processes > 1:
+                env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+                env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            command = [sys.executable, __file__, "--worker", json.dumps(job)]
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
+            self.children.append(subprocess.Popen(command, env=env, **pipes))
+        self.warm_up, self.turns = self.read(), []
 
-    if options.worker == "floor":
-        for _ in range(options.iterations):
-            between()
-    else:
-        result["script"] = run_script(script, folder, shape, options, options.iterations, between)
-    result |= dict(floor=floor_times, memory=peak_memory())
-    if floor and torch.cuda.is_available():
-        with FlopCounterMode(display=False) as counter:
-            floor.update()
-        result["flops"] = counter.get_total_flops()
-        result["device"] = torch.cuda.get_device_name()
-    print("RESULT " + json.dumps(result), flush=True)
+    def read(self):
+        line = self.children[0].stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise SystemExit(self.errors.read()[-3000:])
+        return json.loads(line)
 
+    def turn(self):
+        for child in self.children:
+            child.stdin.write("\n")
+            child.stdin.flush()
+        self.turns.append(self.read())
 
-def measure(options, worker, script, shape, folder, processes=1, batch_times=1, response_length=None, iterations=None):
-    """Runs `work` in a process of its own, or in several that share the batch; returns what the first one says."""
-    command = [sys.executable, __file__, "--worker", worker, "--worker-folder", str(folder), "--shape", shape]
-    command += ["--scripts", script, "--iterations", str(iterations or options.iterations), "--dtype", options.dtype]
-    command += ["--micro-batch-size", str(options.micro_batch_size), "--batch-times", str(batch_times)]
-    command += ["--folder", options.folder, "--threads", str(options.threads or 0)]
-    command += ["--batch-size", str(options.batch_size), "--update-epochs", str(options.update_epochs)]
-    command += ["--minibatch", str(options.minibatch)]
-    command += ["--response-length", str(response_length or options.response_length)] + ["--compile"] * options.compile
-    env = dict(os.environ)
-    if options.threads:
-        env["OMP_NUM_THREADS"] = str(options.threads)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    children = []
-    for rank in range(processes):
-        if processes > 1:
-            env |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-            env |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        children.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    out, err = children[0].communicate()
-    for child in children[1:]:  # they wait for an iteration that the first one does not begin
-        child.kill()
-        child.communicate()
-    lines = [line for line in out.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{' '.join(command)}\n{err[-3000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
+    def end(self):
+        for child in self.children:
+            child.kill()
+            child.communicate()
+
+    def median(self, part, which):
+        """Of the wall (0) or CPU (1) seconds."""
+        return statistics.median(turn[part][which] for turn in self.turns)
 
 
-def median(spans, which):
-    """Of the wall (0) or CPU (1) seconds, the first left out as a warm-up where there are more."""
-    return statistics.median(span[which] for span in (spans[1:] or spans))
-
-
-def report(options, script, name, folder):
-    shape = shape_of(name, options)
-    result = measure(options, "turns", script, name, folder)
+def report(script, shape, options):
     tokens = shape["batch_size"] * shape["response_length"]
-    print(f"\n{script} at {name}: {tokens} tokens, medians of {max(options.iterations - 1, 1)} iterations in turns")
-    print("part        script s   floor s  ratio   script CPU s floor CPU s  ratio")
-    for part in PARTS:
-        row = [median(result[side][part], which) for which in (0, 1) for side in ("script", "floor")]
-        wall, cpu = (f"{a / b:6.3f}" if b > 1e-4 else "     -" for a, b in (row[:2], row[2:]))
-        print(f"{part:<10} {row[0]:9.3f} {row[1]:9.3f} {wall}   {row[2]:12.3f} {row[3]:11.3f} {cpu}")
-    seconds = [median(result[side]["iteration"], 0) for side in ("script", "floor")]
-    print(f"tokens/s   {tokens / seconds[0]:9.1f} {tokens / seconds[1]:9.1f}", end="   ")
-    pairs = zip(result["script"]["iteration"][1:], result["floor"]["iteration"][1:], strict=True)
-    print("CPU ratio of each turn: " + " ".join(f"{a[1] / b[1]:.2f}" for a, b in pairs))
-    if not options.no_memory:
-        memory = [measure(options, side, script, name, folder, iterations=2)["memory"] for side in ("script", "floor")]
-        print(f"peak GiB   {memory[0]:9.2f} {memory[1]:9.2f} {memory[0] / memory[1]:6.2f}")
-    if "flops" in result:
-        update = median(result["script"]["update"], 0)
-        share = [median(result["script"][part], 0) / seconds[0] for part in PARTS[:4]]
-        print("share of time: " + ", ".join(f"{p} {s:.0%}" for p, s in zip(PARTS[:4], share, strict=True)))
-        peak = next((peak for card, peak in PEAK_FLOPS.items() if card in result["device"]), None)
-        mfu = f", {result['flops'] / update / peak:.1%} of {result['device']}'s bf16 peak" if peak else ""
-        print(f"update: {result['flops'] / update / 1e12:.1f} TFLOP/s{mfu}")
-    sys.stdout.flush()
-
-
-def report_scaling(options, script, name, folder):
-    """Two processes against one; a batch 8 times as large; sampling against response length: those that are wanted."""
-    shape = shape_of(name, options)
-    tokens = shape["batch_size"] * shape["response_length"]
-    options.threads = options.threads or 1
-    print(f"\n{script} at {name}")
-    if "processes" in options.scaling:
-        one, two = (measure(options, "script", script, name, folder, processes=n)["script"] for n in (1, 2))
+    print(f"\n{script} at {shape['name']}, {options['dtype']}: {tokens} tokens, {options['turns']} turns", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder), shape)
+        job = script, folder, shape, options
+        paths = dict(script=HERE) | (dict(old=Path(options["against"]).resolve()) if options["against"] else {})
+        sides = {name: Side(1, str(path / f"{script}.py"), *job) for name, path in paths.items()}
+        sides["floor"] = Side(1, "floor", *job)
+        if options["processes"] > 1:
+            sides[f"{options['processes']} processes"] = Side(options["processes"], str(HERE / f"{script}.py"), *job)
+        for i in range(options["turns"]):
+            for side in [*sides.values()][:: 1 if i % 2 else -1]:
+                side.turn()
+        for side in sides.values():
+            side.end()
+    for name, side in sides.items():
+        seconds = side.median("iteration", 0)
+        figures = ", ".join(f"{part} {side.median(part, 1):.3f}" for part in PARTS)
+        print(f"{name}: CPU s {figures}; {seconds:.3f} s, {tokens / seconds:.0f} tokens/s", end="; ")
+        print(f"{max(turn['GiB'] for turn in side.turns):.2f} GiB")
+    for name, side in list(sides.items())[1:]:
+        which = int(" processes" not in name)  # of several processes, by the clock
+        print(f"script / {name}, {('wall', 'CPU')[which]} s: min, median, max of the turns")
         for part in PARTS:
-            seconds = [median(result[part], 0) for result in (one, two)]
-            print(f"{part:<10} 1 process {seconds[0]:8.3f} s, 2 {seconds[1]:8.3f} s: {seconds[0] / seconds[1]:.2f}x")
-    if "batch" in options.scaling:
-        small, large = (measure(options, "script", script, name, folder, batch_times=n) for n in (1, 8))
-        cpu = [median(r["script"]["iteration"], 1) / n / tokens * 1000 for r, n in ((small, 1), (large, 8))]
-        print(f"CPU ms per token: {cpu[0]:.3f}; of 8 times the batch {cpu[1]:.3f}: {cpu[1] / cpu[0]:.2f}x")
-        memory = small["memory"], large["memory"]
-        print(f"peak GiB: {memory[0]:.3f}; with 8 times the batch {memory[1]:.3f}: {memory[1] / memory[0]:.3f}x")
-    for times in (1, 2, 4) if "length" in options.scaling else ():
-        length = shape["response_length"] * times // 4
-        result = measure(options, "script", script, name, folder, response_length=length)["script"]["sample"]
-        print(f"sampling {length} tokens: {median(result, 1) / length * 1000:.2f} CPU ms per step")
-    sys.stdout.flush()
+            pairs = zip(sides["script"].turns, side.turns, strict=True)
+            ratios = sorted(a[part][which] / b[part][which] for a, b in pairs)
+            print(f"  {part:<10} {ratios[0]:.3f} {statistics.median(ratios):.3f} {ratios[-1]:.3f}", flush=True)
+    if torch.cuda.is_available():
+        with FlopCounterMode(display=False) as counter:
+            Floor(script, shape, options).update()
+        speed = counter.get_total_flops() / sides["script"].median("update", 0) / 1e12
+        print(f"update: {speed:.1f} TFLOP/s on {torch.cuda.get_device_name()}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES)[:4])
-    parser.add_argument("--scripts", nargs="+", help="default: PPO, NLPO and A2C for the shape's kind of model")
-    parser.add_argument("--iterations", type=int, default=6, help="the first of them is a warm-up")
-    parser.add_argument("--threads", type=int, default=0, help="of each process; 0: PyTorch's choice")
+    parser.add_argument("--scripts", nargs="+", choices=("ppo", "nlpo", "a2c", "grpo"), default=["ppo", "nlpo"])
+    parser.add_argument("--turns", type=int, default=5, help="iterations of each side after its warm-up")
+    parser.add_argument("--against", help="a folder with another version of the scripts")
+    parser.add_argument("--processes", type=int, default=1, help="a side of so many that share the batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="run the scripts with --compile")
     parser.add_argument("--micro-batch-size", type=int, default=16)
-    for name in ("batch-size", "response-length", "update-epochs", "minibatch"):
-        parser.add_argument(f"--{name}", type=int, default=0, help="0: the shape's")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure peak memory")
-    parser.add_argument(
-        "--scaling",
-        nargs="+",
-        choices=("processes", "batch", "length"),
-        help="instead: 2 processes against 1, 8 times the batch, sampling against response length",
-    )
-    parser.add_argument("--gpu", action="store_true", help="PPO and NLPO in bf16 with and without compile")
-    parser.add_argument("--folder", default=str(Path(__file__).resolve().parent.parent), help="where the scripts are")
-    for name in ("worker", "worker-folder"):  # what `measure` says to `work`
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    parser.add_argument("--batch-times", type=int, default=1, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        return work(options)
-    if options.gpu:
-        if not torch.cuda.is_available():
-            raise SystemExit("--gpu: there is no GPU")
-        options.shape, options.dtype, options.micro_batch_size = ["seq2seq-gpu", "causal-gpu"], "bfloat16", 32
-    for name in options.shape:
-        kind = "causal" if name.startswith("causal") else "seq2seq"
-        scripts = options.scripts or [f"ppo_{kind}", f"nlpo_{kind}"] + ["a2c"] * (not options.gpu)
-        with tempfile.TemporaryDirectory() as folder:
-            make_inputs(Path(folder), shape_of(name, options))
-            for script in scripts:
-                if script != "a2c" and not script.endswith(kind):
-                    continue
-                for compiled in (False, True) if options.gpu else (options.compile,):
-                    options.compile = compiled
-                    if options.gpu:
-                        print(f"\n{'with' if compiled else 'without'} --compile", end="")
-                    (report_scaling if options.scaling else report)(options, script, name, Path(folder))
+    for name in COLUMNS[1:]:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the shape's")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    options = vars(parser.parse_args())
+    if options["worker"]:
+        work(*options["worker"])
+    for name in options["shape"]:
+        shape = dict(zip(COLUMNS, SHAPES[name], strict=True), name=name, causal=name.startswith("causal"))
+        shape |= {column: options[column] for column in COLUMNS[1:] if options[column]}
+        for script in options["scripts"]:
+            kind = "causal" if shape["causal"] else "seq2seq"
+            report(f"{script}_{kind}" if script in ("ppo", "nlpo") else script, shape, options)
 
 
 if __name__ == "__main__":
