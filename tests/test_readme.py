@@ -1,5 +1,6 @@
-"""The README's examples, run as they stand there."""
+"""The README's commands and examples, run as they stand there, in a copy of the scripts; the long ones cut short."""
 
+import json
 import re
 import shlex
 import shutil
@@ -10,10 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-TEXT = README.read_text() if README.exists() else ""
+TEXT = (ROOT / "README.md").read_text()
 SHORT = "--num-iterations 1 --batch-size 8 --num-minibatches 2 --update-epochs 1 --eval-samples 4".split()
-SMALL = "--model scratch --scratch-vocab-size 300 --scratch-width 32 --scratch-layers 1 --scratch-heads 2".split()
+EPOCH = "--num-epochs 1 --eval-samples 4".split()
 
 
 def block(language, with_words):
@@ -23,34 +23,59 @@ def block(language, with_words):
 
 
 def run(command, cwd, *more):
-    """A command of the README, its script taken from cwd, cut short by further flags."""
+    """A command of the README, its script taken from cwd, with further flags."""
     script, *words = shlex.split(command.strip().removeprefix("python "))
     done = subprocess.run([sys.executable, script, *words, *more], cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.fixture
-def checkout(tmp_path):
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The scripts, and runs/sft of the first command."""
+    folder = tmp_path_factory.mktemp("checkout")
     for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    return tmp_path
+        shutil.copy(file, folder)
+    run("python supervised.py --task numbers --run-dir runs/sft", folder, *EPOCH)
+    return folder
+
+
+def test_first_command(checkout):
+    *_, sft, ppo = block("bash", "--run-dir runs/ppo").split("&&")
+    assert sft.split() == "python supervised.py --task numbers --run-dir runs/sft".split()
+    run(ppo, checkout, *SHORT)
+    left = {path.name for path in (checkout / "runs" / "ppo").iterdir()} - {".lock"}
+    assert left == {"config.json", "metrics.jsonl", "eval.jsonl", "predictions", "checkpoint", "model", "curves.png"}
+    table = TEXT.split("## What a run leaves")[1].split("\n## ")[0]
+    for name in left:
+        assert f"`{name}" in table, name
 
 
 def test_own_reward(checkout):
     (checkout / "own_rewards.py").write_text(block("python", "def even("))
-    output = run(block("bash", "own_rewards.py:even_metric"), checkout, *SHORT, *SMALL)
-    assert "even  " in output
+    output = run(block("bash", "--reward own_rewards.py:even"), checkout, *SHORT)
+    assert "even" in output and "increasing_numbers" in output
 
 
 def test_own_data(checkout):
-    (checkout / "own.jsonl").write_text(block("json", "references").strip().join(["", "\n"]) * 20)
-    run(block("bash", "--task own.jsonl"), checkout, *SHORT, *SMALL)
+    (checkout / "own.jsonl").write_text(block("json", "references") * 10)
+    command = block("bash", "--task own.jsonl").replace("--model t5-small", "--model runs/sft/model")
+    run(command, checkout, *SHORT)
 
 
-def test_own_task(checkout):
+def test_reward_model(checkout):
+    sft, reward_model, ppo = block("bash", "reward_model.py").strip().splitlines()
+    run(sft, checkout, *EPOCH)
+    run(reward_model, checkout, *EPOCH)
+    assert "increasing_numbers" in run(ppo.replace("--num-iterations 20", ""), checkout, *SHORT)
+
+
+@pytest.mark.slow
+def test_own_task_learns(checkout):
     with open(checkout / "datapools.py", "a") as file:
-        file.write("\n\n" + block("python", "def load_reverse"))
-    first, second = block("bash", "--task reverse").split("&&")
-    run(first, checkout, "--num-epochs", "1", "--eval-samples", "4")
-    assert "chrf" in run(second, checkout, *SHORT)
+        file.write("\n\n" + block("python", "def load_next"))
+    for command in block("bash", "--task next").split("&&"):
+        run(command, checkout)
+    rows = [json.loads(line) for line in (checkout / "runs" / "next_ppo" / "eval.jsonl").read_text().splitlines()]
+    before, *_, after = [row["chrf"] for row in rows if row["split"] == "val"]
+    assert after > before + 0.05
