@@ -1069,6 +1069,8 @@ def decoding_options(task: Task, typed: dict[str, str]) -> dict:
             raise UsageError(f"--decoding {key}: unknown{nearest(key, SAMPLING + SEARCH)}; known: {known}")
     if "do_sample" not in typed and typed:  # what is named says which of the two is meant
         typed["do_sample"] = not any(key in SEARCH for key in typed)
+    if not isinstance(typed.get("do_sample", True), bool):
+        raise UsageError(f"--decoding do_sample {typed['do_sample']}: must be true or false")
     decoding = task.generation | typed
     names = SAMPLING if decoding.get("do_sample") else SEARCH
     for key in typed:
@@ -1109,6 +1111,8 @@ def load_task(name: str, split: str, data: str | None = None, **kwargs) -> Split
 
 def load_splits(name: str, data: str | None, typed: dict[str, str], chat: bool = False) -> tuple[Split, Split, Split]:
     """train, val and test of a task. typed: --task-kwargs as typed; chat: texts as prompts become a user's message."""
+    if data is not None and not Path(data).is_dir():
+        raise UsageError(f"--data {data}: no such folder")
     kwargs = parse_kwargs(typed, [name], {})[name]
     options = task_options(get_task(name).load)
     for key, text in typed.items():

@@ -31,6 +31,7 @@ import contextlib
 import copy
 import fcntl
 import functools
+import importlib.util
 import inspect
 import io
 import json
@@ -396,13 +397,13 @@ def group_advantages(rewards, group_size, baseline):
     responses are nearly all right, as for one that divides them. dr_grpo: not divided. rloo: above the mean of the
     others, which has not seen the response and leaves the gradient unbiased; G / (G - 1) times dr_grpo.
     """
-    rewards = rewards.view(-1, group_size)
+    rewards = rewards.double().view(-1, group_size)  # in float32, equal rewards would have a deviation by rounding
     above_mean = rewards - rewards.mean(1, keepdim=True)
     if baseline == "grpo":
         above_mean = above_mean / (rewards.std(1, keepdim=True) + 1e-4)  # of equal rewards 0
     if baseline == "rloo":
         above_mean = above_mean * group_size / (group_size - 1)
-    return above_mean.flatten()
+    return above_mean.flatten().float()
 
 
 def next_kl_coef(kl_coef, kl, target_kl):
@@ -854,6 +855,8 @@ def check_args(args):
             f"{len(args.reward)} rewards"),
         (args.fsdp and "WORLD_SIZE" not in os.environ, "--fsdp: shards over processes; start the script by torchrun"),
         (args.fsdp and "perplexity" in args.metrics, "--metrics perplexity: needs the whole model; not with --fsdp"),
+        (not args.reward, "--reward: name at least one"),
+        (args.track and not importlib.util.find_spec("wandb"), "--track: wandb is not installed; pip install wandb"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
         (given and not args.resume and begun, f"--run-dir {folder}: exists; go on by --resume, or name another"),

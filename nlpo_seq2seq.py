@@ -35,6 +35,7 @@ import contextlib
 import copy
 import fcntl
 import functools
+import importlib.util
 import inspect
 import io
 import json
@@ -958,6 +959,8 @@ def check_args(args):
             f"{len(args.reward)} rewards"),
         (args.fsdp and "WORLD_SIZE" not in os.environ, "--fsdp: shards over processes; start the script by torchrun"),
         (args.fsdp and "perplexity" in args.metrics, "--metrics perplexity: needs the whole model; not with --fsdp"),
+        (not args.reward, "--reward: name at least one"),
+        (args.track and not importlib.util.find_spec("wandb"), "--track: wandb is not installed; pip install wandb"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
         (given and not args.resume and begun, f"--run-dir {folder}: exists; go on by --resume, or name another"),

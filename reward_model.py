@@ -26,6 +26,7 @@ Left out on purpose: dropout, margins and ties between pairs, several labels of 
 import argparse
 import contextlib
 import fcntl
+import importlib.util
 import inspect
 import io
 import json
@@ -492,6 +493,7 @@ def check_args(args):
     wrong = [
         (args.batch_size % processes, f"--batch-size {args.batch_size}: must be a multiple of {processes} processes"),
         (args.fsdp and "WORLD_SIZE" not in os.environ, "--fsdp: shards over processes; start the script by torchrun"),
+        (args.track and not importlib.util.find_spec("wandb"), "--track: wandb is not installed; pip install wandb"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
         (given and not args.resume and begun, f"--run-dir {folder}: exists; go on by --resume, or name another"),
