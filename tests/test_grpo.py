@@ -224,6 +224,7 @@ def test_step_is_the_gradient_of_the_naive_sum(settings, seq2seq):
     variables = problem(seq2seq, **settings)
     after = assert_step_is_gradient_of(naive_loss(variables), variables)
     policy, approx_kl, clipfrac, ratio, tokens = after["update_sums"].tolist()
+    assert not after["advantages"][~variables["mask"]].any()
     assert tokens == sum(LENGTHS) and 0.1 < clipfrac / tokens < 0.9 and approx_kl > 0 and ratio > 0
 
 
