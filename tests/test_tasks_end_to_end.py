@@ -239,7 +239,9 @@ def test_task(task, tmp_path, classifiers):
         columns += [s.references for s in samples], [s.meta for s in samples]
         for name in set(wanted) & RECOMPUTED if iteration == 2 else ():
             options_of_metric = {**defaults.metric_kwargs.get(name, {}), **classifiers.get(name, {})}
-            for key, (per_sample, value) in make_metric(name, **options_of_metric)(*columns).items():
+            for key, (per_sample, value) in make_metric(
+                name, separator="" if task in CAUSAL else " ", **options_of_metric
+            )(*columns).items():
                 assert row[key] == pytest.approx(value, abs=1e-6)
                 assert [p.get(key) for p in predictions] == pytest.approx(per_sample or [None] * len(samples), abs=1e-6)
     assert (run / "model" / "config.json").exists() and (run / "checkpoint" / "latest.pt").exists()
