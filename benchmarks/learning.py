@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/learning.py --seeds 1 2 3 --jobs 2 --out runs/learning
 
 trains one supervised model per policy type and seed, then every script from it with its defaults, and prints a table,
-whose tokens and seconds are those of the iterations until the goal (evaluations not counted). `--jobs` processes run
-side by side; what is there already is read, not repeated. `--picture docs/learning_curve.png` draws PPO's curves.
+whose tokens are those sampled until the goal. `--jobs` processes run side by side; what is there already is read, not
+repeated. `--picture docs/learning_curve.png` draws PPO's curves.
 """
 
 import concurrent.futures
@@ -64,10 +64,8 @@ def experiment(algorithm, policy_type, seed, args):
     scores, metrics = scores_of(run_dir, "val"), rows_of(run_dir / "metrics.jsonl")
     reached = next((iteration for iteration, score in scores.items() if score >= args.goal), None)
     batch_size = json.loads((run_dir / "config.json").read_text())["batch_size"]
-    taken = metrics[:reached] if reached is not None else []
-    tokens = sum(row["rollout/response_length"] * batch_size for row in taken)
-    seconds = sum(row["time/iteration_seconds"] for row in taken)
-    cost = f"{reached} | {tokens:,.0f} | {seconds:.0f}" if taken else "not reached | | "
+    tokens = sum(row["rollout/response_length"] * batch_size for row in metrics[:reached])
+    cost = f"{reached} | {tokens:,.0f}" if reached else "not reached |"
     best, last = max(scores.values()), scores[metrics[-1]["iteration"]]
     ends = f"{scores[0]:.2f} | {cost} | {best:.2f} | {last:.2f} after {metrics[-1]['iteration']}"
     return f"| {script} | {policy_type} | {seed} | {ends} |", last
@@ -104,8 +102,8 @@ def main():
             for algorithm in args.algorithms
             for kind in kinds
         }
-        print("| script | policy | seed | supervised | iterations to the goal | tokens | seconds | best | at the end |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        print("| script | policy | seed | supervised | iterations to the goal | tokens | best | at the end |")
+        print("|---|---|---|---|---|---|---|---|")
         for result in runs.values():
             print(result.result()[0], flush=True)
         for algorithm in args.algorithms:
