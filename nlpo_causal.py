@@ -79,6 +79,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers.activations import NewGELUActivation
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -526,6 +527,9 @@ def load_weights(auto_class, flag, name):
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise UsageError(f"{flag} {name}: its files lack weights or have other shapes: {names}")
+    for module in model.modules():
+        if isinstance(getattr(module, "act", None), NewGELUActivation):
+            module.act = nn.GELU(approximate="tanh")  # GPT-2's, the same function as one kernel instead of eight
     return model.eval()
 
 

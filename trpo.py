@@ -80,6 +80,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers.activations import NewGELUActivation
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import MoEModelOutput
 from transformers.models.auto.modeling_auto import (
@@ -579,6 +580,9 @@ def load_weights(auto_class, flag, name):
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise UsageError(f"{flag} {name}: its files lack weights or have other shapes: {names}")
+    for module in model.modules():
+        if isinstance(getattr(module, "act", None), NewGELUActivation):
+            module.act = nn.GELU(approximate="tanh")  # GPT-2's, the same function as one kernel instead of eight
     return model.eval()
 
 
@@ -653,6 +657,7 @@ def response_pass(model, mb, **options):
         start = torch.full_like(mb.responses[:, :1], model.config.decoder_start_token_id)
         inputs = dict(input_ids=mb.queries, attention_mask=mb.query_mask.long())
         inputs |= dict(decoder_input_ids=torch.cat([start, mb.responses[:, :-1]], 1))
+        inputs |= dict(decoder_attention_mask=torch.ones_like(mb.responses))  # or T5Gemma masks ids that are padding's
         return forward(model, **inputs, use_cache=False, **options)
     mask, position_ids = prompt_and_response(mb.query_mask, mb.responses.shape[1] - 1)
     input_ids = torch.cat([mb.queries, mb.responses[:, :-1]], 1)

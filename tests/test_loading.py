@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_models import load, save
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import datapools
 import ppo_causal
@@ -35,6 +35,16 @@ def test_a_whole_folder_loads_with_its_own_weights(gpt2):
     policy = load("gpt2", False, gpt2)[2]
     saved = load_file(gpt2 / "model.safetensors")
     assert torch.equal(policy.state_dict()["transformer.h.0.mlp.c_fc.weight"], saved["transformer.h.0.mlp.c_fc.weight"])
+
+
+def test_gelu_as_one_kernel_is_the_same_function(gpt2):
+    policy = load("gpt2", False, gpt2)[2]
+    plain = AutoModelForCausalLM.from_pretrained(gpt2).eval()
+    assert isinstance(policy.transformer.h[0].mlp.act, torch.nn.GELU)
+    assert not isinstance(plain.transformer.h[0].mlp.act, torch.nn.GELU)
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        assert (policy(ids).logits - plain(ids).logits).abs().max() < 1e-5
 
 
 def test_weights_under_other_names(gpt2):

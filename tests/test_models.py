@@ -137,6 +137,19 @@ def test_sampled_scored_alone_and_own_forward_agree(seq2seq, kind, tmp_path):
     assert value_model(batch_of(queries, query_mask, responses, mask)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart", "t5gemma"])
+def test_a_sampled_token_that_is_the_padding_id_counts(kind, tmp_path):
+    seq2seq = kind not in ("gpt2", "llama")
+    script, args, policy, value_model, queries, query_mask = load(kind, seq2seq, save(kind, seq2seq, tmp_path))
+    behaviour = dict(temperature=1.0, min_response_length=0, eos=torch.tensor([2]))
+    uniform = torch.zeros(4, 8, dtype=torch.float64)  # the first token of the vocabulary: <pad>
+    responses, mask, sampled, _ = script.sample_responses(policy, queries, query_mask, uniform, behaviour, 0)
+    assert (responses == 0).all() and mask.all()
+    with torch.no_grad():
+        logits = script.response_logits(policy, batch_of(queries, query_mask, responses, mask))
+    assert (script.token_logprobs(logits, responses) - sampled).abs().max() < 1e-4
+
+
 def batch_of(queries, query_mask, responses, mask):
     return SimpleNamespace(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
 
