@@ -255,11 +255,13 @@ def main():
                 sample_responses(policy, queries[rows], query_mask[rows], uniform[rows], behaviour, pad_id, warpers)
                 for rows in torch.arange(B).split(args.sample_batch_size)
             ]
-        responses, mask, sampler_logprobs, kept_mass = map(torch.cat, zip(*parts, strict=True))  # (B, T) each
-        token_ids = until_eos(responses, eos)
+        # (B, T) each; kept_mass is the probability that --top-k leaves
+        responses, mask, sampler_logprobs, kept_mass = map(torch.cat, zip(*parts, strict=True))
+        token_ids = until_eos(responses, eos)  # the same as lists, without padding
         generations = datapools.decode_responses(tokenizer, prompt_ids, token_ids, seq2seq)
         finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
         query_lengths, lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (prompt_ids, token_ids))  # (B,)
+        # the last three, on the CPU, tell micro_batches where padding can be cut off
         batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
         batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_lengths, lengths=lengths)
         sample_ended = seconds(device)
@@ -283,7 +285,7 @@ def main():
         # 4. per-token rewards: the KL penalty at every token, the score at the last
         kl = logprobs - ref_logprobs  # (B, T)
         token_rewards = scores - kl_coef * kl  # (B, T)
-        if args.whiten_rewards:
+        if args.whiten_rewards:  # their mean stays: it is what is learned
             token_rewards = token_rewards / (moments(token_rewards, mask)[1].sqrt() + 1e-8) * mask
 
         # 5. advantages
@@ -298,7 +300,7 @@ def main():
             batch["advantages"] = (advantages - mean) / (variance.sqrt() + 1e-8)
         warming_up = iteration <= args.value_warmup_iterations
         learning = (value_model,) if warming_up else (policy, value_model)
-        update_sums = torch.zeros(3, dtype=torch.float64, device=device)
+        update_sums = torch.zeros(len(UPDATE_FIGURES) + 1, dtype=torch.float64, device=device)
         for _, mb in micro_batches(batch, args.micro_batch_size):
             with torch.autocast(**autocast):
                 logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)  # (b, T, V)

@@ -254,11 +254,13 @@ def main():
                 sample_responses(policy, queries[rows], query_mask[rows], uniform[rows], behaviour, pad_id, warpers)
                 for rows in torch.arange(B).split(args.sample_batch_size)
             ]
-        responses, mask, sampler_logprobs, kept_mass = map(torch.cat, zip(*parts, strict=True))  # (B, T) each
-        token_ids = until_eos(responses, eos)
+        # (B, T) each; kept_mass is the probability that --top-k leaves
+        responses, mask, sampler_logprobs, kept_mass = map(torch.cat, zip(*parts, strict=True))
+        token_ids = until_eos(responses, eos)  # the same as lists, without padding
         generations = datapools.decode_responses(tokenizer, prompt_ids, token_ids, seq2seq)
         finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
         query_lengths, lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (prompt_ids, token_ids))  # (B,)
+        # the last three, on the CPU, tell micro_batches where padding can be cut off
         batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
         batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_lengths, lengths=lengths)
         sample_ended = seconds(device)
@@ -321,7 +323,7 @@ def main():
                         update_sums += (figures * mb.mask).sum((1, 2))
                         mb_kl += (approx_kl * mb.mask).sum()
                 if args.early_stop_kl and total(mb_kl) / mb_tokens > 1.5 * args.early_stop_kl:
-                    stopped_early = True
+                    stopped_early = True  # before the step: its gradients are thrown away
                     break
                 grad_norms.append(sum_and_clip_gradients(policy, args.max_grad_norm))
                 optimizer.step()

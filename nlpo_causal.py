@@ -273,10 +273,11 @@ def main():
         responses, mask, sampler_logprobs, kept_mass, kept_tokens, action_masks = map(
             torch.cat, zip(*parts, strict=True)
         )
-        token_ids = until_eos(responses, eos)
+        token_ids = until_eos(responses, eos)  # the same as lists, without padding
         generations = datapools.decode_responses(tokenizer, prompt_ids, token_ids, seq2seq=False)
         finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
         query_lengths, lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (prompt_ids, token_ids))  # (B,)
+        # the last three, on the CPU, tell micro_batches where padding can be cut off
         batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
         batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_lengths, lengths=lengths)
         if args.ratio == "masked":
@@ -302,7 +303,7 @@ def main():
         # 4. per-token rewards: the KL penalty at every token, the score at the last
         kl = unmasked_logprobs - ref_logprobs  # (B, T); of masked samples, so that its mean is no KL and may be < 0
         token_rewards = scores - kl_coef * kl  # (B, T)
-        if args.whiten_rewards:
+        if args.whiten_rewards:  # their mean stays: it is what is learned
             token_rewards = token_rewards / (moments(token_rewards, mask)[1].sqrt() + 1e-8) * mask
 
         # 5. advantages
@@ -313,7 +314,7 @@ def main():
         batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
         warming_up = iteration <= args.value_warmup_iterations
         learning = (value_model,) if warming_up else (policy, value_model)
-        update_sums = torch.zeros(6, dtype=torch.float64, device=device)
+        update_sums = torch.zeros(len(UPDATE_FIGURES) + 1, dtype=torch.float64, device=device)
         grad_norms, stopped_early = [], False
         for epoch in range(args.update_epochs):
             for mb_rows in minibatch_rows(args, iteration, epoch, rank, world_size):  # (minibatch_size / world_size,)
@@ -349,7 +350,7 @@ def main():
                         update_sums += (figures * mb.mask).sum((1, 2))
                         mb_kl += (approx_kl * mb.mask).sum()
                 if args.early_stop_kl and total(mb_kl) / mb_tokens > 1.5 * args.early_stop_kl:
-                    stopped_early = True
+                    stopped_early = True  # before the step: its gradients are thrown away
                     break
                 # apart, as a critic that is still wrong would take the policy's share of a common norm
                 grad_norms.append([sum_and_clip_gradients(model, args.max_grad_norm) for model in learning])
