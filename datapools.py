@@ -1009,6 +1009,13 @@ def position_limit(config) -> float:
     return math.inf if config.model_type in ("m2m_100", "pegasus_x", "xlnet") else min(limits, default=math.inf)
 
 
+def encode_batch(tokenizer, samples, args, pad_id, device, seq2seq: bool):
+    """The prompts of samples: a list of ids each, and ids and mask (B, Q), padded on the left if decoder-only."""
+    prompts = [sample.prompt for sample in samples]
+    rows = encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
+    return rows, *pad(rows, pad_id, device, left=not seq2seq)
+
+
 def pad(rows: list[list[int]], pad_id, device, left=False):
     """ids (B, L) int64 and mask (B, L) bool. The mask comes from lengths: an id may be both a token and padding."""
     width = max(map(len, rows))

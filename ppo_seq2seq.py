@@ -57,16 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 import tyro
-from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -103,7 +94,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass
 class Args:
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+    __pydantic_config__ = {"allow_inf_nan": False}
 
     # --- what is learned
     task: str = "cnn_dm"  # a task of datapools.py, or one's own data: a file or folder of `prompt` and `references`
@@ -128,7 +119,7 @@ class Args:
     batch_size: PositiveInt = 64  # sequences per iteration over all processes
     num_minibatches: PositiveInt = 8  # optimizer steps per epoch, on batch_size / num_minibatches sequences each
     update_epochs: PositiveInt = 5  # passes over each batch (RL4LMs: 5)
-    learning_rate: PositiveFloat = 2e-6  # AdamW's
+    learning_rate: PositiveFloat = 2e-6  # Adam's
     anneal_lr: bool = False  # let the learning rate fall linearly to 0 over the run (RL4LMs: constant)
     gamma: Fraction = 0.99  # discount per token (RL4LMs: 0.99)
     gae_lambda: Fraction = 0.95  # lambda of generalized advantage estimation (RL4LMs: 0.95)
@@ -169,28 +160,25 @@ def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
     signals = note_signals()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        args, record = parse_args(sys.argv[1:], "seq2seq")
-        task, device = datapools.get_task(args.task), local_device()
-        train, val, test = datapools.load_splits(args.task, args.data, args.task_kwargs, args.chat)
-        load_config(args)
-        tokenizer = datapools.load_tokenizer(args.model, args.languages)
-        making = dict(tokenizer=tokenizer, device=str(device), separator=" ")
-        reward_functions = make_rewards(args.reward, args.reward_kwargs, task.reward_kwargs, train, **making)
-        metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
-        decoding = datapools.decoding_options(task, args.decoding)
-        policy = load_policy(args, tokenizer, decoding)
-        reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy, args.value_model)
-        start_weights = checksum(policy)
-        if record.get("start_weights", start_weights) != start_weights:
-            raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
-        rank, world_size = join_processes(device)
-        wandb_id = record.get("wandb_id", secrets.token_hex(4))
-        record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
-        run_dir = open_run_dir(args, record, rank)
-        checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
-    except UsageError as error:
-        fail(error)
+    args, record = parse_args(sys.argv[1:], "seq2seq")
+    task, device = datapools.get_task(args.task), local_device()
+    train, val, test = datapools.load_splits(args.task, args.data, args.task_kwargs, args.chat)
+    load_config(args)
+    tokenizer = datapools.load_tokenizer(args.model, args.languages)
+    making = dict(tokenizer=tokenizer, device=str(device), separator=" ")
+    reward_functions = make_rewards(args.reward, args.reward_kwargs, task.reward_kwargs, train, **making)
+    metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
+    decoding = datapools.decoding_options(task, args.decoding)
+    policy = load_policy(args, tokenizer, decoding)
+    reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy, args.value_model)
+    start_weights = checksum(policy)
+    if record.get("start_weights", start_weights) != start_weights:
+        raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
+    rank, world_size = join_processes(device)
+    wandb_id = record.get("wandb_id", secrets.token_hex(4))
+    record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
+    run_dir = open_run_dir(args, record, rank)
+    checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
     # B sequences of an iteration in this process, Q prompt tokens, T response tokens, V vocabulary
     B, T = args.batch_size // world_size, args.response_length
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
@@ -205,20 +193,18 @@ def main():
         value_model.load_state_dict(checkpoint["value_model"])
     for model in (policy, reference, value_model):
         prepare_model(model, device, args.fsdp)
-    optimizer = make_optimizer(policy, value_model, args.learning_rate)
+    # RL4LMs' AdamW decays weights by 1e-6 times the learning rate, which float32 rounds to nothing: this is the same
+    trained = [p for model in (policy, value_model) for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=args.learning_rate, fused=True)
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
-    prompts = [sample.prompt for sample in train[:4]]
-    prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq=True)
+    prompt_ids, *_ = datapools.encode_batch(tokenizer, train[:4], args, pad_id, device, seq2seq=True)
     prompt_ids[0] = prompt_ids[0][: max(1, len(prompt_ids[0]) // 2)]  # one that is shorter than the others
-    try:
-        check_fit(policy, value_model, *datapools.pad(prompt_ids, pad_id, device), behaviour, pad_id, args)
-    except UsageError as error:
-        fail(error)
+    queries, query_mask = datapools.pad(prompt_ids, pad_id, device)
+    check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
     thread = concurrent.futures.ThreadPoolExecutor(1)
-    announce(
-        run_dir, policy, datapools.describe_lengths(tokenizer, train, args.prompt_length, T), device, args, record, rank
-    )
+    lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, T)
+    announce(run_dir, policy, lengths, device, args, record, rank)
     evaluation = (policy, tokenizer, metrics, decoding, args, device, run_dir)
     if iteration == 0:
         evaluate("val", val, 0, *evaluation)
@@ -238,11 +224,7 @@ def main():
         own = range(rank, args.batch_size, world_size)
         positions = [(iteration - 1) * args.batch_size + i for i in own]
         samples = train.take(datapools.prompt_order(positions, len(train), args.seed))
-        prompts = [sample.prompt for sample in samples]
-        prompt_ids = datapools.encode_prompts(
-            tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq=True
-        )
-        queries, query_mask = datapools.pad(prompt_ids, pad_id, device)  # (B, Q)
+        prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, samples, args, pad_id, device, seq2seq=True)
         uniform = uniforms(args.seed, iteration, own, T).to(device)  # (B, T)
         warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
         with torch.autocast(**autocast):
@@ -250,15 +232,11 @@ def main():
                 sample_responses(policy, queries[rows], query_mask[rows], uniform[rows], behaviour, pad_id, warpers)
                 for rows in torch.arange(B).split(args.sample_batch_size)
             ]
-        # (B, T) each; kept_mass is the probability that --top-k leaves
-        responses, mask, sampler_logprobs, kept_mass = map(torch.cat, zip(*parts, strict=True))
+        responses, mask, sampler_logprobs = map(torch.cat, zip(*parts, strict=True))  # (B, T) each
         token_ids = until_eos(responses, eos)  # the same as lists, without padding
         generations = datapools.decode_responses(tokenizer, prompt_ids, token_ids, seq2seq=True)
         finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
-        query_lengths, lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (prompt_ids, token_ids))  # (B,)
-        # the last three, on the CPU, tell micro_batches where padding can be cut off
         batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
-        batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_lengths, lengths=lengths)
         sample_ended = seconds(device)
 
         # 2. score the texts, while a thread makes the passes of step 3
@@ -266,7 +244,7 @@ def main():
         scores, reward_means = score_texts(reward_functions, args.reward_weights, samples, generations, token_ids)
         scores = F.pad(scores, (0, T - scores.shape[1])).to(device)  # (B, T)
         if args.eos_penalty is not None:
-            scores = torch.where(finished.unsqueeze(1), scores, F.one_hot(lengths - 1, T).to(device) * args.eos_penalty)
+            scores = torch.where(finished.unsqueeze(1), scores, F.one_hot(mask.sum(1) - 1, T) * args.eos_penalty)
         score_ended = seconds(device)
 
         # 3. log-probs under the policy and the reference, entropy, and values: one pass each
@@ -292,49 +270,45 @@ def main():
         warming_up = iteration <= args.value_warmup_iterations
         learning = (value_model,) if warming_up else (policy, value_model)
         update_sums = torch.zeros(len(UPDATE_FIGURES) + 1, dtype=torch.float64, device=device)
-        grad_norms, stopped_early = [], False
-        for epoch in range(args.update_epochs):
-            for mb_rows in minibatch_rows(args, iteration, epoch, rank, world_size):  # (minibatch_size / world_size,)
-                minibatch = {name: tensor[mb_rows] for name, tensor in batch.items()}
-                mb_tokens = all_reduce_sum(minibatch["mask"].sum())
-                if args.norm_adv:
-                    mean, variance = moments(minibatch["advantages"], minibatch["mask"])
-                    minibatch["advantages"] = (minibatch["advantages"] - mean) / (variance.sqrt() + 1e-8)
-                mb_kl = torch.zeros((), dtype=torch.float64, device=device)
-                for _, mb in micro_batches(minibatch, args.micro_batch_size):
-                    with torch.autocast(**autocast):
-                        logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)  # (b, T, V)
-                        new_values = value_model(mb)  # (b, T)
-                    new_logprobs = token_logprobs(logits, mb.responses)  # (b, T)
-                    log_ratio = (new_logprobs - mb.logprobs) * mb.mask
-                    ratio = log_ratio.exp()
-                    clipped = ratio.clamp(1 - args.clip_coef, 1 + (args.clip_coef_high or args.clip_coef))
-                    pg_loss = -torch.min(mb.advantages * ratio, mb.advantages * clipped)
-                    if args.clip_vf_coef is not None:
-                        change = (new_values - mb.values).clamp(-args.clip_vf_coef, args.clip_vf_coef)
-                        new_values = mb.values + change
-                    v_loss = (new_values - mb.returns) ** 2
-                    loss = args.vf_coef * v_loss if warming_up else pg_loss + args.vf_coef * v_loss
-                    if args.ent_coef and not warming_up:
-                        loss = loss - args.ent_coef * token_entropy(logits)
-                    # a mean over the tokens of the whole minibatch, whose parts and processes are added up
-                    ((loss * mb.mask).sum() / mb_tokens).backward()
-                    with torch.no_grad():
-                        approx_kl = ratio - 1 - log_ratio  # k3 of http://joschu.net/blog/kl-approx.html
-                        clipfrac = (ratio != clipped).float()
-                        figures = torch.stack([pg_loss, v_loss, approx_kl, clipfrac, ratio, mb.mask])
-                        update_sums += (figures * mb.mask).sum((1, 2))
-                        mb_kl += (approx_kl * mb.mask).sum()
-                if args.early_stop_kl and total(mb_kl) / mb_tokens > 1.5 * args.early_stop_kl:
-                    stopped_early = True  # before the step: its gradients are thrown away
-                    break
-                # apart, as a critic that is still wrong would take the policy's share of a common norm
-                grad_norms.append([sum_and_clip_gradients(model, args.max_grad_norm) for model in learning])
-                optimizer.step()
-                optimizer.zero_grad()
-            if stopped_early:
-                optimizer.zero_grad()
+        grad_norms = []
+        for mb_rows in minibatch_rows(args, iteration, rank, world_size):  # epoch by epoch
+            minibatch = {name: tensor[mb_rows] for name, tensor in batch.items()}
+            mb_tokens = all_reduce_sum(minibatch["mask"].sum())
+            if args.norm_adv:
+                mean, variance = moments(minibatch["advantages"], minibatch["mask"])
+                minibatch["advantages"] = (minibatch["advantages"] - mean) / (variance.sqrt() + 1e-8)
+            mb_kl = torch.zeros((), dtype=torch.float64, device=device)
+            for _, mb in micro_batches(minibatch, args.micro_batch_size):
+                with torch.autocast(**autocast):
+                    logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)  # (b, T, V)
+                    new_values = value_model(mb)  # (b, T)
+                new_logprobs = token_logprobs(logits, mb.responses)  # (b, T)
+                log_ratio = (new_logprobs - mb.logprobs) * mb.mask
+                ratio = log_ratio.exp()
+                clipped = ratio.clamp(1 - args.clip_coef, 1 + (args.clip_coef_high or args.clip_coef))
+                pg_loss = -torch.min(mb.advantages * ratio, mb.advantages * clipped)
+                if args.clip_vf_coef is not None:
+                    change = (new_values - mb.values).clamp(-args.clip_vf_coef, args.clip_vf_coef)
+                    new_values = mb.values + change
+                v_loss = (new_values - mb.returns) ** 2
+                loss = args.vf_coef * v_loss if warming_up else pg_loss + args.vf_coef * v_loss
+                if args.ent_coef and not warming_up:
+                    loss = loss - args.ent_coef * token_entropy(logits)
+                # a mean over the tokens of the whole minibatch, whose parts and processes are added up
+                ((loss * mb.mask).sum() / mb_tokens).backward()
+                with torch.no_grad():
+                    approx_kl = ratio - 1 - log_ratio  # k3 of http://joschu.net/blog/kl-approx.html
+                    clipfrac = (ratio != clipped).float()
+                    figures = torch.stack([pg_loss, v_loss, approx_kl, clipfrac, ratio, mb.mask])
+                    update_sums += (figures * mb.mask).sum((1, 2))
+                    mb_kl += (approx_kl * mb.mask).sum()
+            if args.early_stop_kl and total(mb_kl) / mb_tokens > 1.5 * args.early_stop_kl:
+                optimizer.zero_grad()  # before the step: its gradients are thrown away
                 break
+            # apart, as a critic that is still wrong would take the policy's share of a common norm
+            grad_norms.append([sum_and_clip_gradients(model, args.max_grad_norm) for model in learning])
+            optimizer.step()
+            optimizer.zero_grad()
         update_ended = seconds(device)
 
         # 7. KL controller, on the mean KL per token over all processes
@@ -363,7 +337,6 @@ def main():
             "losses/learning_rate": optimizer.param_groups[0]["lr"],
             "rollout/response_length": tokens / args.batch_size,
             "rollout/eos_fraction": total(finished.sum()) / args.batch_size,
-            "rollout/top_k_mass": total(kept_mass.sum()) / tokens,
             "rollout/sampler_error": sampler_error,
             "time/sample_seconds": sample_ended - started,
             "time/score_seconds": score_ended - sample_ended,
@@ -425,18 +398,19 @@ def moments(x, mask):
     return mean, all_reduce_sum((((x - mean) * mask) ** 2).sum()) / (count - 1).clamp(min=1)
 
 
-def minibatch_rows(args, iteration, epoch, rank, world_size):
-    """Rows of this process' rollout in each minibatch: (num_minibatches, minibatch_size / world_size), on the CPU.
+def minibatch_rows(args, iteration, rank, world_size):
+    """Yields, epoch by epoch, the rows of this process' rollout in each minibatch: (minibatch_size / world_size,).
 
     The batch is seen as num_minibatches x minibatch_size, sample i at row i // minibatch_size, and each column is
     shuffled on its own. Process `rank` holds the columns rank, rank + world_size, ..., so every minibatch has the same
     sequences for any number of processes and none has to travel.
     """
     shape = (args.num_minibatches, args.batch_size // args.num_minibatches)
-    generator = np.random.Generator(np.random.Philox(key=[args.seed, iteration], counter=[0, 0, epoch, MINIBATCHES]))
-    shuffled = generator.random(shape).argsort(0)  # rows of the matrix, column by column
-    own = torch.from_numpy(shuffled[:, rank::world_size])
-    return own * own.shape[1] + torch.arange(own.shape[1])
+    for epoch in range(args.update_epochs):
+        philox = np.random.Philox(key=[args.seed, iteration], counter=[0, 0, epoch, MINIBATCHES])
+        shuffled = np.random.Generator(philox).random(shape).argsort(0)  # rows of the matrix, column by column
+        own = torch.from_numpy(shuffled[:, rank::world_size])
+        yield from own * own.shape[1] + torch.arange(own.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------ policy and value
@@ -595,9 +569,10 @@ def micro_batches(batch, size):
 
     Yields the rows (size,) and their tensors as a namespace.
     """
-    starts, ends = batch["query_starts"], batch["query_starts"] + batch["query_lengths"]
-    for rows in batch["lengths"].argsort().split(size):
-        prompts, responses = slice(starts[rows].min(), ends[rows].max()), slice(batch["lengths"][rows].max())
+    query_mask, lengths = batch["query_mask"].cpu(), batch["mask"].sum(1).cpu()  # asked once for all parts
+    for rows in lengths.argsort().split(size):
+        columns = query_mask[rows].any(0).nonzero()  # (Q', 1): a prompt's padding is before it or behind it
+        prompts, responses = slice(columns[0, 0], columns[-1, 0] + 1), slice(lengths[rows].max())
         cuts = {"queries": prompts, "query_mask": prompts}
         part = {name: tensor[rows] for name, tensor in batch.items()}
         yield rows, SimpleNamespace(**{n: x[:, cuts.get(n, responses)] if x.ndim > 1 else x for n, x in part.items()})
@@ -615,16 +590,6 @@ def rollout_passes(policy, reference, value_model, batch, behaviour, autocast, a
             part = torch.stack([logprobs, token_logprobs(logits, mb.responses), entropy, values])
         figures[:, rows, : part.shape[2]] = part.masked_fill(~mb.mask, 0.0)
     return figures
-
-
-def make_optimizer(policy, value_model, learning_rate):
-    """AdamW for policy and value model; biases and norms are not decayed, as in RL4LMs."""
-    parameters = [p for model in (policy, value_model) for p in model.parameters() if p.requires_grad]
-    groups = [
-        dict(params=[p for p in parameters if p.ndim > 1], weight_decay=1e-6),
-        dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0),
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -651,31 +616,27 @@ def draw(logits, uniform):
 def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers=()):
     """Samples with a KV cache, one forward pass per token, until every row has ended; uniform (B, T) fixes the draws.
 
-    Returns responses, padded behind EOS; mask; sampler_logprobs of the drawn tokens; and kept_mass, the probability
-    that top-k leaves (1 without it): (B, T) each, 0 on padding.
+    Returns responses, padded behind EOS; mask; and sampler_logprobs of the drawn tokens: (B, T) each, 0 on padding.
     """
     responses = torch.full(uniform.shape, pad_id, device=queries.device)
     mask = torch.zeros_like(responses, dtype=torch.bool)
-    logprobs, kept_mass = torch.zeros(2, *uniform.shape, device=queries.device)
+    logprobs = torch.zeros(uniform.shape, device=queries.device)
     running = torch.ones_like(mask[:, 0])  # (B,)
     state, inputs = start_decoding(policy, queries, query_mask, uniform.shape[1])
     ask_every = 16 if queries.is_cuda else 1  # asking a GPU whether all rows have ended waits for it
     for t in range(uniform.shape[1]):
         logits = behaviour_logits(decode_step(policy, state, inputs), t, **behaviour).squeeze(1)  # (B, V)
-        restricted = logits
         for warper in warpers:
-            restricted = warper(None, restricted)
-        tokens = draw(restricted, uniform[:, t])
-        total_mass = restricted.logsumexp(-1)
+            logits = warper(None, logits)
+        tokens = draw(logits, uniform[:, t])
         mask[:, t] = running
         responses[:, t] = tokens.where(running, pad_id)
-        logprobs[:, t] = (restricted.gather(1, tokens.unsqueeze(1)).squeeze(1) - total_mass) * running
-        kept_mass[:, t] = running if restricted is logits else (total_mass - logits.logsumexp(-1)).exp() * running
+        logprobs[:, t] = token_logprobs(logits.unsqueeze(1), tokens.unsqueeze(1)).squeeze(1) * running
         inputs = responses[:, t : t + 1]
         running = running & ~torch.isin(tokens, behaviour["eos"])
         if (t + 1) % ask_every == 0 and not any_running(running, policy):
             break
-    return responses, mask, logprobs, kept_mass
+    return responses, mask, logprobs
 
 
 def start_decoding(policy, queries, query_mask, length):
@@ -707,19 +668,18 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
     uniform = torch.full((len(queries), 4), 0.5, device=queries.device)
     try:
         with torch.no_grad():
-            responses, mask, sampled, _ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
-            batch = dict(queries=queries, query_mask=query_mask, responses=responses, lengths=mask.sum(1).cpu())
-            batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_mask.sum(1).cpu())
-            rows, figures = torch.arange(len(queries)), torch.zeros(2, *mask.shape, 2, device=mask.device)
-            for where, some in [(0, rows), *((1, row) for row in rows.split(1))]:
-                order, mb = next(micro_batches({name: tensor[some] for name, tensor in batch.items()}, len(some)))
-                logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
-                part = torch.stack([token_logprobs(logits, mb.responses), value_model(mb)], -1)
-                figures[where, some[order], : part.shape[1]] = part
+            responses, mask, sampled, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
+            batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
+            figures = torch.zeros(2, *mask.shape, 2, device=mask.device)
+            for where, size in enumerate((len(mask), 1)):  # all rows in one pass, and each alone
+                for rows, mb in micro_batches(batch, size):
+                    logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
+                    part = torch.stack([token_logprobs(logits, mb.responses), value_model(mb)], -1)
+                    figures[where, rows, : part.shape[1]] = part
             beam_search(policy, queries, query_mask, max_new_tokens=2, min_new_tokens=None)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{kind}: {type(error).__name__}: {error}") from None
-    together, alone = figures[:, mask]  # (tokens, 2) each: log-probs and values of all rows in one pass, and of each
+    together, alone = figures[:, mask]  # (tokens, 2) each: log-probs and values
     errors = (sampled[mask] - together[:, 0]).abs().max(), (alone - together).abs().max()
     if not max(errors) <= 1e-3:
         raise UsageError(
@@ -742,9 +702,8 @@ def decode_split(policy, tokenizer, samples, decoding, args, device):
     hidden = rank > 0 or not sys.stderr.isatty()
     for indices in tqdm(own.split(args.sample_batch_size), "evaluation", leave=False, disable=hidden):
         indices = indices.tolist()
-        prompts = [samples[i].prompt for i in indices]
-        prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
-        queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
+        shown = [samples[i] for i in indices]
+        prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, shown, args, pad_id, device, seq2seq)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             if decoding.get("do_sample"):
                 # every evaluation draws the same numbers, so that two policies do not differ by luck
@@ -967,17 +926,14 @@ def save_model(run_dir, policy, tokenizer, rank):
     weights = gathered(policy.state_dict(), rank)
     if rank > 0:
         return
-    aside, old = run_dir / "model.tmp", run_dir / "model.old"
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    aside = run_dir / "model.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
     # tied weights are gathered once under each of their names
     names = dict(policy.named_parameters(remove_duplicate=False)).keys() - dict(policy.named_parameters()).keys()
     policy.save_pretrained(aside, state_dict={name: w for name, w in weights.items() if name not in names})
     tokenizer.save_pretrained(aside)
-    if (run_dir / "model").exists():
-        (run_dir / "model").rename(old)
+    shutil.rmtree(run_dir / "model", ignore_errors=True)  # a kill just here: --resume writes it again
     aside.rename(run_dir / "model")
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_row(file, row, args, prefix=""):
@@ -1005,21 +961,17 @@ def log_row(row, run_dir, progress, args, rank):
 
 
 def plot_curves(run_dir):
-    """Draws curves.png: the main columns of metrics.jsonl, every reward, and the first metrics on val."""
+    """Draws curves.png: objective, rewards, losses and rollouts of metrics.jsonl, and all metrics on val."""
+    import matplotlib
     import pandas as pd
-    from matplotlib.figure import Figure
 
-    rows, evals = (pd.read_json(run_dir / name, lines=True) for name in LOGS)
-    val = evals[evals["split"] == "val"].set_index("iteration").drop(columns="split").add_prefix("eval/val/")
-    curves = rows.set_index("iteration")[[n for n in rows if n in CURVES or n.startswith("reward/")]]
-    if "losses/explained_variance" in curves:  # a first point of -9 would flatten all others
-        curves["losses/explained_variance"] = curves["losses/explained_variance"].clip(lower=-1)
-    columns = [frame[name].dropna() for frame in (curves, val.iloc[:, :4]) for name in frame]
-    figure = Figure(figsize=(16, 3 * math.ceil(len(columns) / 4)), layout="tight")
-    for i, column in enumerate(columns):
-        axes = figure.add_subplot(math.ceil(len(columns) / 4), 4, i + 1)
-        column.plot(ax=axes, title=column.name, grid=True, marker="." if len(column) < 20 else None)
-    figure.savefig(run_dir / "curves.png")
+    matplotlib.use("agg")
+    rows, evals = (pd.read_json(run_dir / name, lines=True).set_index("iteration") for name in LOGS)
+    curves = rows.filter(regex="^(objective|reward|losses|rollout)/")
+    curves = curves.join(evals[evals["split"] == "val"].drop(columns="split").add_prefix("eval/val/"), how="outer")
+    options = dict(subplots=True, layout=(-1, 4), figsize=(20, 0.8 * len(curves.columns)), grid=True, sharex=False)
+    axes = curves.interpolate(limit_area="inside").plot(**options)
+    axes[0, 0].figure.savefig(run_dir / "curves.png", bbox_inches="tight")
 
 
 def announce(run_dir, policy, lengths, device, args, record, rank):
@@ -1149,11 +1101,10 @@ EVALUATION_STREAM = 2**63 - 1  # no iteration has this number
 
 UPDATE_FIGURES = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clipfrac", "losses/ratio")
 SHOWN = ("objective/score", "objective/kl", "losses/nll", "time/tokens_per_second")
-CURVES = (
-    "objective/score", "objective/kl", "objective/kl_coef", "objective/entropy", "rollout/response_length",
-    "losses/policy", "losses/value", "losses/explained_variance",
-)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UsageError as error:
+        fail(error)

@@ -53,15 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 import tyro
-from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -81,7 +73,7 @@ TASK_DEFAULTS = {"numbers": (32, 3, 5e-4)}
 
 @dataclass
 class Args:
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+    __pydantic_config__ = {"allow_inf_nan": False}
 
     # --- what is learned
     task: str = (
@@ -95,7 +87,7 @@ class Args:
     # --- maximum likelihood
     num_epochs: NonNegativeInt = 1  # passes over the training split; 0: evaluate the model, and end
     batch_size: PositiveInt = 64  # pairs, or labelled texts, per optimizer step over all processes
-    learning_rate: PositiveFloat = 1e-5  # AdamW's
+    learning_rate: PositiveFloat = 1e-5  # Adam's
     anneal_lr: bool = True  # let the learning rate fall linearly to 0 over the run
     max_grad_norm: PositiveFloat = 1.0  # gradients are scaled to at most this norm
 
@@ -119,30 +111,27 @@ def main():
     signals = note_signals()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # that the head is new is as it should be
-    try:
-        args, record = parse_args(sys.argv[1:], "causal")
-        device = local_device()
-        if args.task == "numbers":
-            train, val, test = (number_pairs(split) for split in datapools.SPLITS)
-        else:
-            train, val, test = datapools.load_splits(args.task, None, args.task_kwargs)
-        labels = find_labels(args.task, train)  # None: pairs
-        datapools.model_config(args.model)  # says what is wrong with a folder or name
-        tokenizer = datapools.load_tokenizer(args.model)
-        for sample in [*train[:1000], *val[:1000], *test[:1000]]:
-            texts_of(sample, labels, tokenizer, args.separator)
-        model = Scorer(args, tokenizer, labels)
-        set_lengths(tokenizer, model.backbone.config, args.max_length)
-        start_weights = checksum(model)
-        if record.get("start_weights", start_weights) != start_weights:
-            raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
-        rank, world_size = join_processes(device)
-        wandb_id = record.get("wandb_id", secrets.token_hex(4))
-        record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
-        run_dir = open_run_dir(args, record, rank)
-        checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
-    except UsageError as error:
-        fail(error)
+    args, record = parse_args(sys.argv[1:], "causal")
+    device = local_device()
+    if args.task == "numbers":
+        train, val, test = (number_pairs(split) for split in datapools.SPLITS)
+    else:
+        train, val, test = datapools.load_splits(args.task, None, args.task_kwargs)
+    labels = find_labels(args.task, train)  # None: pairs
+    datapools.model_config(args.model)  # says what is wrong with a folder or name
+    tokenizer = datapools.load_tokenizer(args.model)
+    for sample in [*train[:1000], *val[:1000], *test[:1000]]:
+        texts_of(sample, labels, tokenizer, args.separator)
+    model = Scorer(args, tokenizer, labels)
+    set_lengths(tokenizer, model.backbone.config, args.max_length)
+    start_weights = checksum(model)
+    if record.get("start_weights", start_weights) != start_weights:
+        raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
+    rank, world_size = join_processes(device)
+    wandb_id = record.get("wandb_id", secrets.token_hex(4))
+    record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
+    run_dir = open_run_dir(args, record, rank)
+    checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
     num_iterations, iteration = args.num_epochs * math.ceil(len(train) / args.batch_size), 0
@@ -150,7 +139,7 @@ def main():
         iteration = checkpoint["iteration"]
         model.load_state_dict(checkpoint["model"])
     prepare_model(model, device, args.fsdp)
-    optimizer = make_optimizer(model, args.learning_rate)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, fused=True)
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
     what = "pairs" if labels is None else f"texts with the labels {', '.join(map(str, labels))}"
@@ -373,12 +362,6 @@ def head_in_float32(model):
     head.forward = forward
 
 
-def make_optimizer(policy, learning_rate):
-    """AdamW without weight decay."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
-
-
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
@@ -584,17 +567,14 @@ def save_model(run_dir, policy, tokenizer, rank):
     weights = gathered(policy.state_dict(), rank)
     if rank > 0:
         return
-    aside, old = run_dir / "model.tmp", run_dir / "model.old"
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    aside = run_dir / "model.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
     # tied weights are gathered once under each of their names
     names = dict(policy.named_parameters(remove_duplicate=False)).keys() - dict(policy.named_parameters()).keys()
     policy.save_pretrained(aside, state_dict={name: w for name, w in weights.items() if name not in names})
     tokenizer.save_pretrained(aside)
-    if (run_dir / "model").exists():
-        (run_dir / "model").rename(old)
+    shutil.rmtree(run_dir / "model", ignore_errors=True)  # a kill just here: --resume writes it again
     aside.rename(run_dir / "model")
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_row(file, row, args, prefix=""):
@@ -622,21 +602,17 @@ def log_row(row, run_dir, progress, args, rank):
 
 
 def plot_curves(run_dir):
-    """Draws curves.png: the main columns of metrics.jsonl, every reward, and the first metrics on val."""
+    """Draws curves.png: objective, rewards, losses and rollouts of metrics.jsonl, and all metrics on val."""
+    import matplotlib
     import pandas as pd
-    from matplotlib.figure import Figure
 
-    rows, evals = (pd.read_json(run_dir / name, lines=True) for name in LOGS)
-    val = evals[evals["split"] == "val"].set_index("iteration").drop(columns="split").add_prefix("eval/val/")
-    curves = rows.set_index("iteration")[[n for n in rows if n in CURVES or n.startswith("reward/")]]
-    if "losses/explained_variance" in curves:  # a first point of -9 would flatten all others
-        curves["losses/explained_variance"] = curves["losses/explained_variance"].clip(lower=-1)
-    columns = [frame[name].dropna() for frame in (curves, val.iloc[:, :4]) for name in frame]
-    figure = Figure(figsize=(16, 3 * math.ceil(len(columns) / 4)), layout="tight")
-    for i, column in enumerate(columns):
-        axes = figure.add_subplot(math.ceil(len(columns) / 4), 4, i + 1)
-        column.plot(ax=axes, title=column.name, grid=True, marker="." if len(column) < 20 else None)
-    figure.savefig(run_dir / "curves.png")
+    matplotlib.use("agg")
+    rows, evals = (pd.read_json(run_dir / name, lines=True).set_index("iteration") for name in LOGS)
+    curves = rows.filter(regex="^(objective|reward|losses|rollout)/")
+    curves = curves.join(evals[evals["split"] == "val"].drop(columns="split").add_prefix("eval/val/"), how="outer")
+    options = dict(subplots=True, layout=(-1, 4), figsize=(20, 0.8 * len(curves.columns)), grid=True, sharex=False)
+    axes = curves.interpolate(limit_area="inside").plot(**options)
+    axes[0, 0].figure.savefig(run_dir / "curves.png", bbox_inches="tight")
 
 
 def announce(run_dir, policy, lengths, device, args, record, rank):
@@ -761,8 +737,10 @@ def seconds(device):
 
 
 SHOWN = ("objective/score", "objective/kl", "losses/nll", "time/tokens_per_second")
-CURVES = ("losses/nll", "objective/accuracy", "objective/margin", "losses/grad_norm", "losses/learning_rate")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UsageError as error:
+        fail(error)

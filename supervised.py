@@ -47,15 +47,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 import tyro
-from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.distributed.device_mesh import init_device_mesh
@@ -94,7 +86,7 @@ TASK_DEFAULTS = {
 
 @dataclass
 class Args:
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+    __pydantic_config__ = {"allow_inf_nan": False}
 
     # --- what is learned
     task: str = "cnn_dm"  # a task of datapools.py, or one's own data: a file or folder of `prompt` and `references`
@@ -114,7 +106,7 @@ class Args:
     # --- maximum likelihood
     num_epochs: NonNegativeInt = 2  # passes over the training pairs; 0: evaluate the model, and end
     batch_size: PositiveInt = 32  # sequences per optimizer step over all processes
-    learning_rate: PositiveFloat = 1e-4  # AdamW's
+    learning_rate: PositiveFloat = 1e-4  # Adam's
     anneal_lr: bool = False  # let the learning rate fall linearly to 0 over the run (RL4LMs: constant)
     max_grad_norm: PositiveFloat = 1.0  # gradients are scaled to at most this norm
 
@@ -145,38 +137,35 @@ def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
     signals = note_signals()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        ahead.add_argument("--policy-type", "--policy_type", nargs="?", default=Args.policy_type)
-        args, record = parse_args(sys.argv[1:], ahead.parse_known_args(sys.argv[1:])[0].policy_type)
-        task, device = datapools.get_task(args.task), local_device()
-        train, val, test = datapools.load_splits(args.task, args.data, args.task_kwargs, args.chat)
-        # a new model's tokenizer is made by one process for all; else metrics start their workers before they join
-        start, joined = args, None
-        if args.model == "scratch":
-            joined, folder = join_processes(device), tempfile.TemporaryDirectory(prefix="scratch_")
-            make_scratch_model(args, train, folder.name)
-            start = replace(args, model=folder.name)
-        config = load_config(start)
-        args.policy_type = "seq2seq" if config.is_encoder_decoder else "causal"
-        tokenizer = datapools.load_tokenizer(start.model, args.languages)
-        making = dict(tokenizer=tokenizer, device=str(device), separator=" " if config.is_encoder_decoder else "")
-        metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
-        decoding = datapools.decoding_options(task, args.decoding)
-        policy = load_policy(start, config, tokenizer, decoding)
-        pairs = Pairs(train)
-        if len(pairs) == 0:
-            raise UsageError(f"--task {args.task}: its training samples have no references to learn from")
-        start_weights = checksum(policy)
-        if record.get("start_weights", start_weights) != start_weights:
-            raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
-        rank, world_size = joined or join_processes(device)
-        wandb_id = record.get("wandb_id", secrets.token_hex(4))
-        record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
-        run_dir = open_run_dir(args, record, rank)
-        checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
-    except UsageError as error:
-        fail(error)
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ahead.add_argument("--policy-type", "--policy_type", nargs="?", default=Args.policy_type)
+    args, record = parse_args(sys.argv[1:], ahead.parse_known_args(sys.argv[1:])[0].policy_type)
+    task, device = datapools.get_task(args.task), local_device()
+    train, val, test = datapools.load_splits(args.task, args.data, args.task_kwargs, args.chat)
+    # a new model's tokenizer is made by one process for all; else metrics start their workers before they join
+    start, joined = args, None
+    if args.model == "scratch":
+        joined, folder = join_processes(device), tempfile.TemporaryDirectory(prefix="scratch_")
+        make_scratch_model(args, train, folder.name)
+        start = replace(args, model=folder.name)
+    config = load_config(start)
+    args.policy_type = "seq2seq" if config.is_encoder_decoder else "causal"
+    tokenizer = datapools.load_tokenizer(start.model, args.languages)
+    making = dict(tokenizer=tokenizer, device=str(device), separator=" " if config.is_encoder_decoder else "")
+    metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
+    decoding = datapools.decoding_options(task, args.decoding)
+    policy = load_policy(start, config, tokenizer, decoding)
+    pairs = Pairs(train)
+    if len(pairs) == 0:
+        raise UsageError(f"--task {args.task}: its training samples have no references to learn from")
+    start_weights = checksum(policy)
+    if record.get("start_weights", start_weights) != start_weights:
+        raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
+    rank, world_size = joined or join_processes(device)
+    wandb_id = record.get("wandb_id", secrets.token_hex(4))
+    record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
+    run_dir = open_run_dir(args, record, rank)
+    checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
     # B sequences of a batch in this process, Q prompt tokens, T response tokens, V vocabulary
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
     seq2seq, pad_id = config.is_encoder_decoder, policy.generation_config.pad_token_id
@@ -190,36 +179,16 @@ def main():
         iteration = checkpoint["iteration"]
         policy.load_state_dict(checkpoint["policy"])
     prepare_model(policy, device, args.fsdp)
-    optimizer = make_optimizer(policy, args.learning_rate)
+    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, fused=True)
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
-    prompts = [sample.prompt for sample in train[:4]]
-    prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
+    prompt_ids, *_ = datapools.encode_batch(tokenizer, train[:4], args, pad_id, device, seq2seq)
     prompt_ids[0] = prompt_ids[0][: max(1, len(prompt_ids[0]) // 2)]  # one that is shorter than the others
-    try:
-        # a loss that saw the answer, as of BERT, is not that of sampling either; there are no values to compare
-        queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
-        check_fit(
-            policy,
-            lambda mb: torch.zeros(mb.responses.shape, device=device),
-            queries,
-            query_mask,
-            behaviour,
-            pad_id,
-            args,
-        )
-    except UsageError as error:
-        fail(error)
-    announce(
-        run_dir,
-        policy,
-        f"{len(pairs):,} training pairs; "
-        + datapools.describe_lengths(tokenizer, train, args.prompt_length, args.response_length),
-        device,
-        args,
-        record,
-        rank,
-    )
+    # a loss that saw the answer, as of BERT, is not that of sampling either; there are no values to compare
+    queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
+    check_fit(policy, lambda mb: mb.responses * 0.0, queries, query_mask, behaviour, pad_id, args)
+    lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, args.response_length)
+    announce(run_dir, policy, f"{len(pairs):,} training pairs; {lengths}", device, args, record, rank)
     evaluation = (policy, tokenizer, metrics, decoding, args, device, run_dir)
     if iteration == 0:
         evaluate("val", val, 0, *evaluation)
@@ -242,12 +211,10 @@ def main():
         targets = encode_references(tokenizer, references, args.response_length, seq2seq, eos_id, args.languages)
         queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)  # (B, Q)
         responses, mask = datapools.pad(targets, pad_id, device)  # (B, T)
-        query_lengths, lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (prompt_ids, targets))  # (B,)
         batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
-        batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_lengths, lengths=lengths)
 
         # 2. loss and update: a mean over the tokens of the whole batch, whose parts and processes are added up
-        num_tokens, nll = total(lengths.sum()), torch.zeros((), dtype=torch.float64, device=device)
+        num_tokens, nll = total(mask.sum()), torch.zeros((), dtype=torch.float64, device=device)
         for _, mb in micro_batches(batch, args.micro_batch_size):
             with torch.autocast(**autocast):
                 logits = response_logits(policy, mb).float()  # (b, T, V)
@@ -519,18 +486,13 @@ def micro_batches(batch, size):
 
     Yields the rows (size,) and their tensors as a namespace.
     """
-    starts, ends = batch["query_starts"], batch["query_starts"] + batch["query_lengths"]
-    for rows in batch["lengths"].argsort().split(size):
-        prompts, responses = slice(starts[rows].min(), ends[rows].max()), slice(batch["lengths"][rows].max())
+    query_mask, lengths = batch["query_mask"].cpu(), batch["mask"].sum(1).cpu()  # asked once for all parts
+    for rows in lengths.argsort().split(size):
+        columns = query_mask[rows].any(0).nonzero()  # (Q', 1): a prompt's padding is before it or behind it
+        prompts, responses = slice(columns[0, 0], columns[-1, 0] + 1), slice(lengths[rows].max())
         cuts = {"queries": prompts, "query_mask": prompts}
         part = {name: tensor[rows] for name, tensor in batch.items()}
         yield rows, SimpleNamespace(**{n: x[:, cuts.get(n, responses)] if x.ndim > 1 else x for n, x in part.items()})
-
-
-def make_optimizer(policy, learning_rate):
-    """AdamW without weight decay."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -557,31 +519,27 @@ def draw(logits, uniform):
 def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers=()):
     """Samples with a KV cache, one forward pass per token, until every row has ended; uniform (B, T) fixes the draws.
 
-    Returns responses, padded behind EOS; mask; sampler_logprobs of the drawn tokens; and kept_mass, the probability
-    that top-k leaves (1 without it): (B, T) each, 0 on padding.
+    Returns responses, padded behind EOS; mask; and sampler_logprobs of the drawn tokens: (B, T) each, 0 on padding.
     """
     responses = torch.full(uniform.shape, pad_id, device=queries.device)
     mask = torch.zeros_like(responses, dtype=torch.bool)
-    logprobs, kept_mass = torch.zeros(2, *uniform.shape, device=queries.device)
+    logprobs = torch.zeros(uniform.shape, device=queries.device)
     running = torch.ones_like(mask[:, 0])  # (B,)
     state, inputs = start_decoding(policy, queries, query_mask, uniform.shape[1])
     ask_every = 16 if queries.is_cuda else 1  # asking a GPU whether all rows have ended waits for it
     for t in range(uniform.shape[1]):
         logits = behaviour_logits(decode_step(policy, state, inputs), t, **behaviour).squeeze(1)  # (B, V)
-        restricted = logits
         for warper in warpers:
-            restricted = warper(None, restricted)
-        tokens = draw(restricted, uniform[:, t])
-        total_mass = restricted.logsumexp(-1)
+            logits = warper(None, logits)
+        tokens = draw(logits, uniform[:, t])
         mask[:, t] = running
         responses[:, t] = tokens.where(running, pad_id)
-        logprobs[:, t] = (restricted.gather(1, tokens.unsqueeze(1)).squeeze(1) - total_mass) * running
-        kept_mass[:, t] = running if restricted is logits else (total_mass - logits.logsumexp(-1)).exp() * running
+        logprobs[:, t] = token_logprobs(logits.unsqueeze(1), tokens.unsqueeze(1)).squeeze(1) * running
         inputs = responses[:, t : t + 1]
         running = running & ~torch.isin(tokens, behaviour["eos"])
         if (t + 1) % ask_every == 0 and not any_running(running, policy):
             break
-    return responses, mask, logprobs, kept_mass
+    return responses, mask, logprobs
 
 
 def start_decoding(policy, queries, query_mask, length):
@@ -625,19 +583,18 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
     uniform = torch.full((len(queries), 4), 0.5, device=queries.device)
     try:
         with torch.no_grad():
-            responses, mask, sampled, _ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
-            batch = dict(queries=queries, query_mask=query_mask, responses=responses, lengths=mask.sum(1).cpu())
-            batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_mask.sum(1).cpu())
-            rows, figures = torch.arange(len(queries)), torch.zeros(2, *mask.shape, 2, device=mask.device)
-            for where, some in [(0, rows), *((1, row) for row in rows.split(1))]:
-                order, mb = next(micro_batches({name: tensor[some] for name, tensor in batch.items()}, len(some)))
-                logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
-                part = torch.stack([token_logprobs(logits, mb.responses), value_model(mb)], -1)
-                figures[where, some[order], : part.shape[1]] = part
+            responses, mask, sampled, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
+            batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
+            figures = torch.zeros(2, *mask.shape, 2, device=mask.device)
+            for where, size in enumerate((len(mask), 1)):  # all rows in one pass, and each alone
+                for rows, mb in micro_batches(batch, size):
+                    logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
+                    part = torch.stack([token_logprobs(logits, mb.responses), value_model(mb)], -1)
+                    figures[where, rows, : part.shape[1]] = part
             beam_search(policy, queries, query_mask, max_new_tokens=2, min_new_tokens=None)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{kind}: {type(error).__name__}: {error}") from None
-    together, alone = figures[:, mask]  # (tokens, 2) each: log-probs and values of all rows in one pass, and of each
+    together, alone = figures[:, mask]  # (tokens, 2) each: log-probs and values
     errors = (sampled[mask] - together[:, 0]).abs().max(), (alone - together).abs().max()
     if not max(errors) <= 1e-3:
         raise UsageError(
@@ -660,9 +617,8 @@ def decode_split(policy, tokenizer, samples, decoding, args, device):
     hidden = rank > 0 or not sys.stderr.isatty()
     for indices in tqdm(own.split(args.sample_batch_size), "evaluation", leave=False, disable=hidden):
         indices = indices.tolist()
-        prompts = [samples[i].prompt for i in indices]
-        prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
-        queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
+        shown = [samples[i] for i in indices]
+        prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, shown, args, pad_id, device, seq2seq)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             if decoding.get("do_sample"):
                 # every evaluation draws the same numbers, so that two policies do not differ by luck
@@ -881,17 +837,14 @@ def save_model(run_dir, policy, tokenizer, rank):
     weights = gathered(policy.state_dict(), rank)
     if rank > 0:
         return
-    aside, old = run_dir / "model.tmp", run_dir / "model.old"
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    aside = run_dir / "model.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
     # tied weights are gathered once under each of their names
     names = dict(policy.named_parameters(remove_duplicate=False)).keys() - dict(policy.named_parameters()).keys()
     policy.save_pretrained(aside, state_dict={name: w for name, w in weights.items() if name not in names})
     tokenizer.save_pretrained(aside)
-    if (run_dir / "model").exists():
-        (run_dir / "model").rename(old)
+    shutil.rmtree(run_dir / "model", ignore_errors=True)  # a kill just here: --resume writes it again
     aside.rename(run_dir / "model")
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_row(file, row, args, prefix=""):
@@ -919,21 +872,17 @@ def log_row(row, run_dir, progress, args, rank):
 
 
 def plot_curves(run_dir):
-    """Draws curves.png: the main columns of metrics.jsonl, every reward, and the first metrics on val."""
+    """Draws curves.png: objective, rewards, losses and rollouts of metrics.jsonl, and all metrics on val."""
+    import matplotlib
     import pandas as pd
-    from matplotlib.figure import Figure
 
-    rows, evals = (pd.read_json(run_dir / name, lines=True) for name in LOGS)
-    val = evals[evals["split"] == "val"].set_index("iteration").drop(columns="split").add_prefix("eval/val/")
-    curves = rows.set_index("iteration")[[n for n in rows if n in CURVES or n.startswith("reward/")]]
-    if "losses/explained_variance" in curves:  # a first point of -9 would flatten all others
-        curves["losses/explained_variance"] = curves["losses/explained_variance"].clip(lower=-1)
-    columns = [frame[name].dropna() for frame in (curves, val.iloc[:, :4]) for name in frame]
-    figure = Figure(figsize=(16, 3 * math.ceil(len(columns) / 4)), layout="tight")
-    for i, column in enumerate(columns):
-        axes = figure.add_subplot(math.ceil(len(columns) / 4), 4, i + 1)
-        column.plot(ax=axes, title=column.name, grid=True, marker="." if len(column) < 20 else None)
-    figure.savefig(run_dir / "curves.png")
+    matplotlib.use("agg")
+    rows, evals = (pd.read_json(run_dir / name, lines=True).set_index("iteration") for name in LOGS)
+    curves = rows.filter(regex="^(objective|reward|losses|rollout)/")
+    curves = curves.join(evals[evals["split"] == "val"].drop(columns="split").add_prefix("eval/val/"), how="outer")
+    options = dict(subplots=True, layout=(-1, 4), figsize=(20, 0.8 * len(curves.columns)), grid=True, sharex=False)
+    axes = curves.interpolate(limit_area="inside").plot(**options)
+    axes[0, 0].figure.savefig(run_dir / "curves.png", bbox_inches="tight")
 
 
 def announce(run_dir, policy, lengths, device, args, record, rank):
@@ -1062,8 +1011,10 @@ TOKENS, MINIBATCHES = range(2)
 EVALUATION_STREAM = 2**63 - 1  # no iteration has this number
 
 SHOWN = ("objective/score", "objective/kl", "losses/nll", "time/tokens_per_second")
-CURVES = ("losses/nll", "losses/grad_norm", "losses/learning_rate")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UsageError as error:
+        fail(error)

@@ -60,16 +60,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 import tyro
-from pydantic import (
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
@@ -113,7 +104,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass
 class Args:
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+    __pydantic_config__ = {"allow_inf_nan": False}
 
     # --- what is learned
     task: str = "cnn_dm"  # a task of datapools.py, or one's own data: a file or folder of `prompt` and `references`
@@ -177,32 +168,29 @@ def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
     signals = note_signals()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        ahead.add_argument("--policy-type", "--policy_type", nargs="?", default=Args.policy_type)
-        args, record = parse_args(sys.argv[1:], ahead.parse_known_args(sys.argv[1:])[0].policy_type)
-        task, device = datapools.get_task(args.task), local_device()
-        train, val, test = datapools.load_splits(args.task, args.data, args.task_kwargs, args.chat)
-        config = load_config(args)
-        seq2seq = config.is_encoder_decoder
-        args.policy_type = "seq2seq" if seq2seq else "causal"
-        tokenizer = datapools.load_tokenizer(args.model, args.languages)
-        making = dict(tokenizer=tokenizer, device=str(device), separator=" " if seq2seq else "")
-        reward_functions = make_rewards(args.reward, args.reward_kwargs, task.reward_kwargs, train, **making)
-        metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
-        decoding = datapools.decoding_options(task, args.decoding)
-        policy = load_policy(args, config, tokenizer, decoding)
-        reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy, args.value_model)
-        start_weights = checksum(policy)
-        if record.get("start_weights", start_weights) != start_weights:
-            raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
-        rank, world_size = join_processes(device)
-        wandb_id = record.get("wandb_id", secrets.token_hex(4))
-        record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
-        run_dir = open_run_dir(args, record, rank)
-        checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
-    except UsageError as error:
-        fail(error)
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ahead.add_argument("--policy-type", "--policy_type", nargs="?", default=Args.policy_type)
+    args, record = parse_args(sys.argv[1:], ahead.parse_known_args(sys.argv[1:])[0].policy_type)
+    task, device = datapools.get_task(args.task), local_device()
+    train, val, test = datapools.load_splits(args.task, args.data, args.task_kwargs, args.chat)
+    config = load_config(args)
+    seq2seq = config.is_encoder_decoder
+    args.policy_type = "seq2seq" if seq2seq else "causal"
+    tokenizer = datapools.load_tokenizer(args.model, args.languages)
+    making = dict(tokenizer=tokenizer, device=str(device), separator=" " if seq2seq else "")
+    reward_functions = make_rewards(args.reward, args.reward_kwargs, task.reward_kwargs, train, **making)
+    metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
+    decoding = datapools.decoding_options(task, args.decoding)
+    policy = load_policy(args, config, tokenizer, decoding)
+    reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy, args.value_model)
+    start_weights = checksum(policy)
+    if record.get("start_weights", start_weights) != start_weights:
+        raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
+    rank, world_size = join_processes(device)
+    wandb_id = record.get("wandb_id", secrets.token_hex(4))
+    record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
+    run_dir = open_run_dir(args, record, rank)
+    checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
     # B sequences of an iteration in this process, Q prompt tokens, T response tokens, V vocabulary
     B, T = args.batch_size // world_size, args.response_length
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
@@ -224,19 +212,14 @@ def main():
     optimizer = torch.optim.Adam(critic_parameters, lr=args.learning_rate, fused=True)
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
-    prompts = [sample.prompt for sample in train[:4]]
-    prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
+    prompt_ids, *_ = datapools.encode_batch(tokenizer, train[:4], args, pad_id, device, seq2seq)
     prompt_ids[0] = prompt_ids[0][: max(1, len(prompt_ids[0]) // 2)]  # one that is shorter than the others
-    try:
-        queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
-        check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
-        check_derivatives(actor, parameters, queries, query_mask, args)
-    except UsageError as error:
-        fail(error)
+    queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
+    check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
+    check_derivatives(actor, parameters, queries, query_mask, args)
     thread = concurrent.futures.ThreadPoolExecutor(1)
-    announce(
-        run_dir, policy, datapools.describe_lengths(tokenizer, train, args.prompt_length, T), device, args, record, rank
-    )
+    lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, T)
+    announce(run_dir, policy, lengths, device, args, record, rank)
     evaluation = (policy, tokenizer, metrics, decoding, args, device, run_dir)
     if iteration == 0:
         evaluate("val", val, 0, *evaluation)
@@ -256,9 +239,7 @@ def main():
         own = range(rank, args.batch_size, world_size)
         positions = [(iteration - 1) * args.batch_size + i for i in own]
         samples = train.take(datapools.prompt_order(positions, len(train), args.seed))
-        prompts = [sample.prompt for sample in samples]
-        prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
-        queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)  # (B, Q)
+        prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, samples, args, pad_id, device, seq2seq)
         uniform = uniforms(args.seed, iteration, own, T).to(device)  # (B, T)
         warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
         with torch.autocast(**autocast):
@@ -266,15 +247,11 @@ def main():
                 sample_responses(policy, queries[rows], query_mask[rows], uniform[rows], behaviour, pad_id, warpers)
                 for rows in torch.arange(B).split(args.sample_batch_size)
             ]
-        # (B, T) each; kept_mass is the probability that --top-k leaves
-        responses, mask, sampler_logprobs, kept_mass = map(torch.cat, zip(*parts, strict=True))
+        responses, mask, sampler_logprobs = map(torch.cat, zip(*parts, strict=True))  # (B, T) each
         token_ids = until_eos(responses, eos)  # the same as lists, without padding
         generations = datapools.decode_responses(tokenizer, prompt_ids, token_ids, seq2seq)
         finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
-        query_lengths, lengths = (torch.tensor([len(ids) for ids in rows]) for rows in (prompt_ids, token_ids))  # (B,)
-        # the last three, on the CPU, tell micro_batches where padding can be cut off
         batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
-        batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_lengths, lengths=lengths)
         sample_ended = seconds(device)
 
         # 2. score the texts, while a thread makes the passes of step 3
@@ -282,7 +259,7 @@ def main():
         scores, reward_means = score_texts(reward_functions, args.reward_weights, samples, generations, token_ids)
         scores = F.pad(scores, (0, T - scores.shape[1])).to(device)  # (B, T)
         if args.eos_penalty is not None:
-            scores = torch.where(finished.unsqueeze(1), scores, F.one_hot(lengths - 1, T).to(device) * args.eos_penalty)
+            scores = torch.where(finished.unsqueeze(1), scores, F.one_hot(mask.sum(1) - 1, T) * args.eos_penalty)
         score_ended = seconds(device)
 
         # 3. log-probs under the policy and the reference, entropy, and values: one pass each
@@ -399,7 +376,6 @@ def main():
             "losses/learning_rate": optimizer.param_groups[0]["lr"],
             "rollout/response_length": tokens / args.batch_size,
             "rollout/eos_fraction": total(finished.sum()) / args.batch_size,
-            "rollout/top_k_mass": total(kept_mass.sum()) / tokens,
             "rollout/sampler_error": sampler_error,
             "time/sample_seconds": sample_ended - started,
             "time/score_seconds": score_ended - sample_ended,
@@ -731,9 +707,10 @@ def micro_batches(batch, size):
 
     Yields the rows (size,) and their tensors as a namespace.
     """
-    starts, ends = batch["query_starts"], batch["query_starts"] + batch["query_lengths"]
-    for rows in batch["lengths"].argsort().split(size):
-        prompts, responses = slice(starts[rows].min(), ends[rows].max()), slice(batch["lengths"][rows].max())
+    query_mask, lengths = batch["query_mask"].cpu(), batch["mask"].sum(1).cpu()  # asked once for all parts
+    for rows in lengths.argsort().split(size):
+        columns = query_mask[rows].any(0).nonzero()  # (Q', 1): a prompt's padding is before it or behind it
+        prompts, responses = slice(columns[0, 0], columns[-1, 0] + 1), slice(lengths[rows].max())
         cuts = {"queries": prompts, "query_mask": prompts}
         part = {name: tensor[rows] for name, tensor in batch.items()}
         yield rows, SimpleNamespace(**{n: x[:, cuts.get(n, responses)] if x.ndim > 1 else x for n, x in part.items()})
@@ -777,31 +754,27 @@ def draw(logits, uniform):
 def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers=()):
     """Samples with a KV cache, one forward pass per token, until every row has ended; uniform (B, T) fixes the draws.
 
-    Returns responses, padded behind EOS; mask; sampler_logprobs of the drawn tokens; and kept_mass, the probability
-    that top-k leaves (1 without it): (B, T) each, 0 on padding.
+    Returns responses, padded behind EOS; mask; and sampler_logprobs of the drawn tokens: (B, T) each, 0 on padding.
     """
     responses = torch.full(uniform.shape, pad_id, device=queries.device)
     mask = torch.zeros_like(responses, dtype=torch.bool)
-    logprobs, kept_mass = torch.zeros(2, *uniform.shape, device=queries.device)
+    logprobs = torch.zeros(uniform.shape, device=queries.device)
     running = torch.ones_like(mask[:, 0])  # (B,)
     state, inputs = start_decoding(policy, queries, query_mask, uniform.shape[1])
     ask_every = 16 if queries.is_cuda else 1  # asking a GPU whether all rows have ended waits for it
     for t in range(uniform.shape[1]):
         logits = behaviour_logits(decode_step(policy, state, inputs), t, **behaviour).squeeze(1)  # (B, V)
-        restricted = logits
         for warper in warpers:
-            restricted = warper(None, restricted)
-        tokens = draw(restricted, uniform[:, t])
-        total_mass = restricted.logsumexp(-1)
+            logits = warper(None, logits)
+        tokens = draw(logits, uniform[:, t])
         mask[:, t] = running
         responses[:, t] = tokens.where(running, pad_id)
-        logprobs[:, t] = (restricted.gather(1, tokens.unsqueeze(1)).squeeze(1) - total_mass) * running
-        kept_mass[:, t] = running if restricted is logits else (total_mass - logits.logsumexp(-1)).exp() * running
+        logprobs[:, t] = token_logprobs(logits.unsqueeze(1), tokens.unsqueeze(1)).squeeze(1) * running
         inputs = responses[:, t : t + 1]
         running = running & ~torch.isin(tokens, behaviour["eos"])
         if (t + 1) % ask_every == 0 and not any_running(running, policy):
             break
-    return responses, mask, logprobs, kept_mass
+    return responses, mask, logprobs
 
 
 def start_decoding(policy, queries, query_mask, length):
@@ -845,19 +818,18 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
     uniform = torch.full((len(queries), 4), 0.5, device=queries.device)
     try:
         with torch.no_grad():
-            responses, mask, sampled, _ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
-            batch = dict(queries=queries, query_mask=query_mask, responses=responses, lengths=mask.sum(1).cpu())
-            batch |= dict(query_starts=query_mask.int().argmax(1).cpu(), query_lengths=query_mask.sum(1).cpu())
-            rows, figures = torch.arange(len(queries)), torch.zeros(2, *mask.shape, 2, device=mask.device)
-            for where, some in [(0, rows), *((1, row) for row in rows.split(1))]:
-                order, mb = next(micro_batches({name: tensor[some] for name, tensor in batch.items()}, len(some)))
-                logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
-                part = torch.stack([token_logprobs(logits, mb.responses), value_model(mb)], -1)
-                figures[where, some[order], : part.shape[1]] = part
+            responses, mask, sampled, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
+            batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
+            figures = torch.zeros(2, *mask.shape, 2, device=mask.device)
+            for where, size in enumerate((len(mask), 1)):  # all rows in one pass, and each alone
+                for rows, mb in micro_batches(batch, size):
+                    logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
+                    part = torch.stack([token_logprobs(logits, mb.responses), value_model(mb)], -1)
+                    figures[where, rows, : part.shape[1]] = part
             beam_search(policy, queries, query_mask, max_new_tokens=2, min_new_tokens=None)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{kind}: {type(error).__name__}: {error}") from None
-    together, alone = figures[:, mask]  # (tokens, 2) each: log-probs and values of all rows in one pass, and of each
+    together, alone = figures[:, mask]  # (tokens, 2) each: log-probs and values
     errors = (sampled[mask] - together[:, 0]).abs().max(), (alone - together).abs().max()
     if not max(errors) <= 1e-3:
         raise UsageError(
@@ -880,9 +852,8 @@ def decode_split(policy, tokenizer, samples, decoding, args, device):
     hidden = rank > 0 or not sys.stderr.isatty()
     for indices in tqdm(own.split(args.sample_batch_size), "evaluation", leave=False, disable=hidden):
         indices = indices.tolist()
-        prompts = [samples[i].prompt for i in indices]
-        prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
-        queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
+        shown = [samples[i] for i in indices]
+        prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, shown, args, pad_id, device, seq2seq)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             if decoding.get("do_sample"):
                 # every evaluation draws the same numbers, so that two policies do not differ by luck
@@ -1104,17 +1075,14 @@ def save_model(run_dir, policy, tokenizer, rank):
     weights = gathered(policy.state_dict(), rank)
     if rank > 0:
         return
-    aside, old = run_dir / "model.tmp", run_dir / "model.old"
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    aside = run_dir / "model.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
     # tied weights are gathered once under each of their names
     names = dict(policy.named_parameters(remove_duplicate=False)).keys() - dict(policy.named_parameters()).keys()
     policy.save_pretrained(aside, state_dict={name: w for name, w in weights.items() if name not in names})
     tokenizer.save_pretrained(aside)
-    if (run_dir / "model").exists():
-        (run_dir / "model").rename(old)
+    shutil.rmtree(run_dir / "model", ignore_errors=True)  # a kill just here: --resume writes it again
     aside.rename(run_dir / "model")
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_row(file, row, args, prefix=""):
@@ -1142,21 +1110,17 @@ def log_row(row, run_dir, progress, args, rank):
 
 
 def plot_curves(run_dir):
-    """Draws curves.png: the main columns of metrics.jsonl, every reward, and the first metrics on val."""
+    """Draws curves.png: objective, rewards, losses and rollouts of metrics.jsonl, and all metrics on val."""
+    import matplotlib
     import pandas as pd
-    from matplotlib.figure import Figure
 
-    rows, evals = (pd.read_json(run_dir / name, lines=True) for name in LOGS)
-    val = evals[evals["split"] == "val"].set_index("iteration").drop(columns="split").add_prefix("eval/val/")
-    curves = rows.set_index("iteration")[[n for n in rows if n in CURVES or n.startswith("reward/")]]
-    if "losses/explained_variance" in curves:  # a first point of -9 would flatten all others
-        curves["losses/explained_variance"] = curves["losses/explained_variance"].clip(lower=-1)
-    columns = [frame[name].dropna() for frame in (curves, val.iloc[:, :4]) for name in frame]
-    figure = Figure(figsize=(16, 3 * math.ceil(len(columns) / 4)), layout="tight")
-    for i, column in enumerate(columns):
-        axes = figure.add_subplot(math.ceil(len(columns) / 4), 4, i + 1)
-        column.plot(ax=axes, title=column.name, grid=True, marker="." if len(column) < 20 else None)
-    figure.savefig(run_dir / "curves.png")
+    matplotlib.use("agg")
+    rows, evals = (pd.read_json(run_dir / name, lines=True).set_index("iteration") for name in LOGS)
+    curves = rows.filter(regex="^(objective|reward|losses|rollout)/")
+    curves = curves.join(evals[evals["split"] == "val"].drop(columns="split").add_prefix("eval/val/"), how="outer")
+    options = dict(subplots=True, layout=(-1, 4), figsize=(20, 0.8 * len(curves.columns)), grid=True, sharex=False)
+    axes = curves.interpolate(limit_area="inside").plot(**options)
+    axes[0, 0].figure.savefig(run_dir / "curves.png", bbox_inches="tight")
 
 
 def announce(run_dir, policy, lengths, device, args, record, rank):
@@ -1285,11 +1249,10 @@ TOKENS = 0
 EVALUATION_STREAM = 2**63 - 1  # no iteration has this number
 
 SHOWN = ("objective/score", "objective/kl", "losses/nll", "time/tokens_per_second")
-CURVES = (
-    "objective/score", "objective/kl", "objective/kl_coef", "objective/entropy", "rollout/response_length",
-    "losses/policy", "losses/value", "losses/explained_variance",
-)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UsageError as error:
+        fail(error)

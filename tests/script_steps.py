@@ -69,9 +69,8 @@ def table_problem(script, seq2seq, problem, weights, **settings):
     query_mask = query_mask if seq2seq else query_mask.flip(1)
     fixed = dict(seed=1, batch_size=B, micro_batch_size=3, num_minibatches=1, value_warmup_iterations=0)
     fixed |= dict(clip_coef_high=None)
-    batch = dict(queries=torch.zeros(B, 3, dtype=torch.long), query_mask=query_mask, query_lengths=query_lengths)
-    batch |= dict(responses=padded(problem["actions"], torch.long), mask=mask, lengths=lengths)
-    batch |= dict(query_starts=query_mask.int().argmax(1))
+    batch = dict(queries=torch.zeros(B, 3, dtype=torch.long), query_mask=query_mask)
+    batch |= dict(responses=padded(problem["actions"], torch.long), mask=mask)
     return dict(
         args=SimpleNamespace(**fixed | settings), iteration=1, rank=0, world_size=1, device=torch.device("cpu"), B=B,
         autocast=dict(device_type="cpu", dtype=torch.bfloat16, enabled=False), batch=batch, mask=mask, T=T,

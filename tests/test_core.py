@@ -249,8 +249,8 @@ def test_likelihood_is_the_library_loss(name, kind):
 
 
 def naive_sample(policy, prompt, uniform, temperature, min_response_length, top_k):
-    """Token by token without cache, by the inverse CDF in numpy. Returns the tokens and the mass that top-k leaves."""
-    tokens, masses = [], []
+    """Token by token without cache, by the inverse CDF in numpy. Returns the tokens and their log-probs."""
+    tokens, logprobs = [], []
     for t, u in enumerate(uniform):
         p = probabilities(next_logits(policy, prompt, tokens), t, temperature, min_response_length)
         kept = np.zeros_like(p)
@@ -258,17 +258,17 @@ def naive_sample(policy, prompt, uniform, temperature, min_response_length, top_
         kept[best] = p[best]
         cdf = kept.cumsum()
         tokens.append(int(np.searchsorted(cdf, u * cdf[-1], side="right")))
-        masses.append(cdf[-1])
+        logprobs.append(np.log(kept[tokens[-1]] / cdf[-1]))
         if tokens[-1] == EOS:
             break
-    return tokens, masses
+    return tokens, logprobs
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 @pytest.mark.parametrize("name, model", with_models(distinct(PLAIN_CASES, SAMPLING)))
 def test_cached_sampling_equals_uncached(name, model, behaviour, top_k):
-    """With the cache, padded and together, the tokens are those of each row alone without; so is top-k's mass."""
+    """With the cache, padded and together, the tokens are those of each row alone without; log-probs too."""
     script, policy = importlib.import_module(name), small(model)
     prompts, queries, query_mask, _ = rollout(MODELS[model][0], lengths=(3, 7, 1, 5, 2, 6, 4, 7))
     uniform = script.uniforms(7, 1, range(len(prompts)), 10)
@@ -282,20 +282,20 @@ def test_cached_sampling_equals_uncached(name, model, behaviour, top_k):
     decode_step = script.decode_step
     script.decode_step = counted
     try:
-        responses, mask, sampled, kept_mass = script.sample_responses(
+        responses, mask, sampled = script.sample_responses(
             policy, queries, query_mask, uniform, behaviour_now, PAD, warpers
         )
     finally:
         script.decode_step = decode_step
-    assert responses.shape == mask.shape == sampled.shape == kept_mass.shape == uniform.shape
+    assert responses.shape == mask.shape == sampled.shape == uniform.shape
     lengths = set()
     for row, prompt in enumerate(prompts):
-        tokens, masses = naive_sample(policy, prompt, uniform[row].numpy(), top_k=top_k, **behaviour)
+        tokens, logprobs = naive_sample(policy, prompt, uniform[row].numpy(), top_k=top_k, **behaviour)
         lengths.add(len(tokens))
         assert responses[row].tolist() == tokens + [PAD] * (responses.shape[1] - len(tokens))
         assert mask[row].tolist() == [t < len(tokens) for t in range(10)]
-        np.testing.assert_allclose(kept_mass[row, : len(tokens)], masses, atol=1e-5)
-        assert not kept_mass[row, len(tokens) :].any() and not sampled[row, len(tokens) :].any()
+        np.testing.assert_allclose(sampled[row, : len(tokens)], logprobs, atol=1e-4)
+        assert not sampled[row, len(tokens) :].any()
         assert EOS not in tokens[: behaviour["min_response_length"]]
     assert len(steps) == max(lengths), "sampling goes on after every row has ended"
 
@@ -467,12 +467,15 @@ def test_minibatches_are_a_partition_for_any_world_size(name):
     """Every epoch sees each sequence once; the minibatches are the same sets of samples for 1, 2 and 4 processes."""
     script, (batch, minibatches) = importlib.import_module(name), (24, 3)
     size, seen = batch // minibatches, []
+    args = script.Args(seed=1, batch_size=batch, num_minibatches=minibatches, update_epochs=3)
     for iteration in (1, 2):
+        rows = {(rank, n): [*script.minibatch_rows(args, iteration, rank, n)] for n in (1, 2, 4) for rank in range(n)}
+        assert all(len(parts) == 3 * minibatches for parts in rows.values())
         for epoch in range(3):
             sets = {}
             for world_size in (1, 2, 4):
-                args = script.Args(seed=1, batch_size=batch, num_minibatches=minibatches)
-                parts = [script.minibatch_rows(args, iteration, epoch, rank, world_size) for rank in range(world_size)]
+                of_epoch = slice(epoch * minibatches, (epoch + 1) * minibatches)
+                parts = [torch.stack(rows[rank, world_size][of_epoch]) for rank in range(world_size)]
                 assert all(part.shape == (minibatches, size // world_size) for part in parts)
                 # row r of process k holds sample r * world_size + k of the batch
                 samples = [part * world_size + rank for rank, part in enumerate(parts)]
@@ -499,8 +502,8 @@ def test_micro_batches_cut_only_padding(name, kind):
     script = importlib.import_module(name)
     prompts, queries, query_mask, responses = rollout(kind)
     lengths = torch.tensor([2, 6, 3, 4])
-    batch = dict(queries=queries, query_mask=query_mask, responses=responses, lengths=lengths)
-    batch |= dict(query_starts=query_mask.int().argmax(1), query_lengths=query_mask.sum(1))
+    mask = torch.arange(responses.shape[1]) < lengths.unsqueeze(1)
+    batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
     seen = []
     for rows, mb in script.micro_batches(batch, 3):
         seen += rows.tolist()

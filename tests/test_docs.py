@@ -286,7 +286,7 @@ def test_betas_and_warm_up(copy):
     """The two short examples, put where the page says."""
     adam, warm_up = blocks("changing", "python")
     script, text = copy / "ppo_causal.py", (copy / "ppo_causal.py").read_text()
-    text, count = re.subn(r"(?m)^    return torch\.optim\.AdamW\(.*$", "    " + adam.strip(), text)
+    text, count = re.subn(r"(?m)^    optimizer = torch\.optim\.Adam\(.*$", "    " + adam.strip(), text)
     assert count == 1
     lines = "\n".join(" " * 8 + line for line in warm_up.strip().splitlines()) + "\n"
     text, count = re.subn(r"(?m)^        if args\.anneal_lr:\n(            .*\n)+", lines, text)

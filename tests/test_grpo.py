@@ -110,8 +110,7 @@ def test_prompts_and_numbers_of_a_group(world_size):
 
         fake = SimpleNamespace(
             prompt_order=lambda places, size, seed, asked=asked: asked.extend(places),
-            encode_prompts=lambda *_: None,
-            pad=lambda *_, **__: (None, None),
+            encode_batch=lambda *_: (None, None, None),
         )
         train = MagicMock()
         train.__len__.return_value = 9
@@ -135,9 +134,8 @@ def problem(seq2seq=False, **settings):
     lengths = torch.tensor(LENGTHS)
     mask = torch.arange(T) < lengths.unsqueeze(1)
     query_mask = torch.ones(B, 2, dtype=torch.bool)
-    batch = dict(queries=torch.zeros(B, 2, dtype=torch.long), query_mask=query_mask, lengths=lengths, mask=mask)
-    batch |= dict(responses=torch.randint(2, V, (B, T)) * mask, query_starts=torch.zeros(B, dtype=torch.long))
-    batch |= dict(query_lengths=torch.full((B,), 2), index=torch.arange(B))
+    batch = dict(queries=torch.zeros(B, 2, dtype=torch.long), query_mask=query_mask, mask=mask)
+    batch |= dict(responses=torch.randint(2, V, (B, T)) * mask, index=torch.arange(B))
     policy, sampler, reference = (Table(V, seq2seq, torch.nn.Linear(V, V)) for _ in range(3))
     behaviour = dict(temperature=0.7, min_response_length=0, eos=torch.tensor([EOS]))
     mb = SimpleNamespace(**batch)
@@ -297,7 +295,7 @@ def test_epochs_end_early():
     variables = problem(early_stop_kl=1e-6, update_epochs=3)
     old = copy.deepcopy(variables["policy"].state_dict())
     after = run_steps("grpo", 4, 6, **variables)
-    assert after["stopped_early"] and not after["grad_norms"]
+    assert len(after["grad_norms"]) < 3 and all(p.grad is None for p in variables["policy"].parameters())
     assert all(torch.equal(old[name], weight) for name, weight in variables["policy"].state_dict().items())
 
 
@@ -309,7 +307,7 @@ def test_equal_groups_are_counted():
         variables["scores"][i, length - 1] = [0.7, 0.7 + 0.1 * (i == 6), float(i)][i // G]
     after = run_steps("grpo", 4, 7, **variables)
     after |= dict(log_row=lambda row, *_: rows.append(row), progress=None, run_dir=None, reward_means={"own": 0.5})
-    after |= dict(entropy=after["mask"] * 2.0, finished=after["mask"].any(1), kept_mass=after["mask"].float())
+    after |= dict(entropy=after["mask"] * 2.0, finished=after["mask"].any(1))
     after |= dict.fromkeys(("started", "sample_ended", "score_ended", "forward_ended", "sampler_error"), 0.0)
     run_steps("grpo", 8, 8, **after)
     (row,) = rows

@@ -175,7 +175,7 @@ def test_a_target_language_is_the_first_token_in_sampling_scoring_and_search(tmp
     queries, query_mask = datapools.pad([[5, 6, 7], [8, 9]], 0, "cpu")
     behaviour = dict(temperature=1.0, min_response_length=0, eos=torch.tensor([2]), forced_bos=forced)
     uniform = torch.full((2, 6), 0.3, dtype=torch.float64)
-    responses, mask, sampled, _ = ppo_seq2seq.sample_responses(policy, queries, query_mask, uniform, behaviour, 0)
+    responses, mask, sampled = ppo_seq2seq.sample_responses(policy, queries, query_mask, uniform, behaviour, 0)
     assert (responses[:, 0] == forced).all() and sampled[:, 0].abs().max() == 0
     mb = SimpleNamespace(queries=queries, query_mask=query_mask, responses=responses)
     with torch.no_grad():

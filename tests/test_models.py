@@ -126,7 +126,7 @@ def test_sampled_scored_alone_and_own_forward_agree(seq2seq, kind, tmp_path):
     script.head_in_float32(policy)
     script.check_fit(policy, value_model, queries, query_mask, behaviour, 0, args)
     uniform = torch.rand(4, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    responses, mask, sampled, _ = script.sample_responses(policy, queries, query_mask, uniform, behaviour, 0)
+    responses, mask, sampled, *_ = script.sample_responses(policy, queries, query_mask, uniform, behaviour, 0)
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
         response = response[mask[i]]
         with torch.no_grad():
@@ -143,7 +143,7 @@ def test_a_sampled_token_that_is_the_padding_id_counts(kind, tmp_path):
     script, args, policy, value_model, queries, query_mask = load(kind, seq2seq, save(kind, seq2seq, tmp_path))
     behaviour = dict(temperature=1.0, min_response_length=0, eos=torch.tensor([2]))
     uniform = torch.zeros(4, 8, dtype=torch.float64)  # the first token of the vocabulary: <pad>
-    responses, mask, sampled, _ = script.sample_responses(policy, queries, query_mask, uniform, behaviour, 0)
+    responses, mask, sampled, *_ = script.sample_responses(policy, queries, query_mask, uniform, behaviour, 0)
     assert (responses == 0).all() and mask.all()
     with torch.no_grad():
         logits = script.response_logits(policy, batch_of(queries, query_mask, responses, mask))

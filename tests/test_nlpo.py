@@ -118,8 +118,7 @@ def test_sampling_keeps_to_the_mask_and_renormalises(kind, mask_type):
         restricted = probs * masks
         total = restricted.sum(-1)
     assert torch.allclose(mass[alive], total[alive], atol=1e-5)
-    batch = dict(vars(mb), lengths=alive.sum(1), query_starts=torch.zeros(40, dtype=torch.long))
-    batch |= dict(query_lengths=query_mask.sum(1))
+    batch = vars(mb)
     arguments = (behaviour, dict(device_type="cpu", enabled=False), SimpleNamespace(micro_batch_size=7))
     models = (policy, policy, script.ValueModel(policy, None))
     passes = [script.rollout_passes(*models, b, *arguments) for b in (batch | dict(action_masks=packed), batch)]

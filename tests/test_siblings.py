@@ -28,7 +28,6 @@ BY_POLICY_TYPE = {"load_config", "load_policy", "value_backbone", "response_pass
 BY_ALGORITHM = {
     "check_args": {*NLPO, "a2c", "trpo", "grpo", "supervised", "reward_model"},
     "parse_args": {"supervised", "reward_model"},
-    "make_optimizer": {"supervised", "reward_model", "a2c", "grpo"},
     "sample_responses": NLPO,
     "rollout_passes": {*NLPO, "grpo"},
     "main": set(ALL),

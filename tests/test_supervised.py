@@ -89,9 +89,7 @@ def test_every_reference_is_a_pair_and_what_repeats_the_prompt_is_left_off(tmp_p
 def batch_of(prompts, targets, pad_id, left):
     queries, query_mask = datapools.pad(prompts, pad_id, "cpu", left=left)
     responses, mask = datapools.pad(targets, pad_id, "cpu")
-    query_lengths, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, targets))
-    batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
-    return batch | dict(query_starts=query_mask.int().argmax(1), query_lengths=query_lengths, lengths=lengths)
+    return dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -82,8 +82,6 @@ def in_own_cache(cache, endpoint, *arguments):
     if endpoint:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = False
         datasets.config.HF_ENDPOINT = huggingface_hub.constants.ENDPOINT = endpoint
-    import bert_score  # noqa: F401  it imports pyplot, which must come before the curves' Figure is replaced
-
     try:
         script_runs.run_in_child(*arguments)
     finally:

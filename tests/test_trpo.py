@@ -69,8 +69,7 @@ def rollout(kind, min_response_length=0, temperature=1.0, **settings):
     query_mask = query_mask if policy.config.is_encoder_decoder else query_mask.flip(1)
     queries = torch.randint(2, VOCAB, (B, Q), generator=generator).masked_fill(~query_mask, 0)
     responses = torch.randint(2, VOCAB, (B, T), generator=generator).masked_fill(~mask, 0)
-    batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask, lengths=lengths)
-    batch |= dict(query_starts=query_mask.int().argmax(1), query_lengths=query_lengths)
+    batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
     with torch.no_grad():
         logprobs = trpo.token_logprobs(actor(SimpleNamespace(**batch)), responses).masked_fill(~mask, 0.0)
         values = value_model(SimpleNamespace(**batch)).masked_fill(~mask, 0.0)
