@@ -57,10 +57,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers
 import tyro
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
-from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -76,7 +74,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import datapools
-from datapools import UsageError
+from datapools import LOADING_ERRORS, UsageError
 from rewards import make_metrics, make_rewards, measure, score_texts
 
 # What RL4LMs' configurations say of each task: batch_size is its tokens per iteration over the response length, the KL
@@ -160,7 +158,6 @@ class Args:
 def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
     signals = note_signals()
-    transformers.utils.logging.disable_progress_bar()
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ahead.add_argument("--policy-type", "--policy_type", nargs="?", default=Args.policy_type)
     args, record = parse_args(sys.argv[1:], ahead.parse_known_args(sys.argv[1:])[0].policy_type)
@@ -398,9 +395,14 @@ def load_config(args):
 def load_weights(auto_class, flag, name):
     """A model in float32, dropout off; UsageError if files are broken, or leave any weight at random."""
     try:
-        model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{flag} {name}: cannot be loaded: {error!s:.300}") from None
+        model, info = auto_class.from_pretrained(
+            name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
+        )
+    except LOADING_ERRORS as error:
+        raise UsageError(f"{flag} {name}: cannot be loaded: {error!r:.300}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise UsageError(f"{flag} {name}: its files lack weights or have other shapes: {names}")
@@ -415,9 +417,9 @@ def load_policy(args, config, tokenizer, decoding):
     the weights."""
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     policy = load_weights(auto_class, "--model", args.model)
-    eos = datapools.eos_ids(tokenizer, policy.generation_config)
-    # any padding token will do, since masks come from lengths, as long as it has an embedding
     pad_id, embeddings = tokenizer.pad_token_id, policy.get_input_embeddings().weight.shape[0]
+    eos = datapools.eos_ids(tokenizer, policy.generation_config, embeddings)
+    # any padding token will do, since masks come from lengths, as long as it has an embedding
     pad_id = eos[0] if pad_id is None or pad_id >= embeddings else pad_id
     # of the folder's own generation config nothing stays: decoding is what the task and the flags say
     lengths = dict(min_new_tokens=args.min_response_length or None, max_new_tokens=args.response_length)
@@ -449,7 +451,7 @@ class ValueModel(nn.Module):
 def value_backbone(policy):
     """A copy of the policy without its language-model head."""
     if not policy.config.is_encoder_decoder:
-        return copy.deepcopy(policy.get_decoder() if policy.base_model is policy else policy.base_model)
+        return copy.deepcopy(policy.model if policy.base_model is policy else policy.base_model)
     try:
         backbone = AutoModel.from_config(policy.config, dtype=torch.float32).eval()
         backbone.load_state_dict(

@@ -20,6 +20,7 @@ import inspect
 import itertools
 import json
 import math
+import pickle
 import random
 import re
 import sys
@@ -39,13 +40,18 @@ import jinja2
 import numpy as np
 import pyarrow.compute
 import torch
+import transformers
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import httpx
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 if not sys.stderr.isatty():  # in a log, bars are noise around the one line that says what is wrong
     datasets.disable_progress_bars()
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # no tables of weights: what is wrong with them is said in one line
 datasets.config.DEFAULT_MAX_BATCH_SIZE = 10_000  # rows of a block on disk; opening a table touches 64 KB of each
 csv.field_size_limit(2**31 - 1)  # articles are longer than the 131,072 characters that csv allows
 
@@ -55,6 +61,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "v
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a loadable copy of a dataset that has a loading script
 OWN_FILES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".json", ".json.gz")
 UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error)  # what reading a text file, gzipped or not, can raise
+# what transformers can raise at a model folder's broken files: of configs, of safetensors, of pickles, of tokenizers
+LOADING_ERRORS = (
+    OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, EOFError,
+    StrictDataclassError, SafetensorError, pickle.UnpicklingError,
+)  # fmt: skip
 ANSWER_SECONDS = 4  # a server that takes longer counts as out of reach: it must be said within ten, start included
 
 
@@ -928,14 +939,16 @@ def decode_responses(tokenizer, queries, responses, seq2seq: bool) -> list[str]:
     ]
 
 
-def eos_ids(tokenizer, generation_config) -> list[int]:
+def eos_ids(tokenizer, generation_config, vocabulary: int) -> list[int]:
     """The tokens that end a response: the tokenizer's EOS and the model's, which may be several. UsageError if none."""
     of_model = generation_config.eos_token_id
     of_model = of_model if isinstance(of_model, list | tuple) else [of_model]
-    found = sorted({int(token) for token in (tokenizer.eos_token_id, *of_model) if token is not None})
+    found = {token for token in (tokenizer.eos_token_id, *of_model) if token is not None}
     if not found:
         raise UsageError("neither the tokenizer nor generation_config.json has an EOS token: no response could end")
-    return found
+    if wrong := [token for token in found if not (isinstance(token, int) and 0 <= token < vocabulary)]:
+        raise UsageError(f"EOS of tokenizer or generation_config.json: {wrong}, no ids below {vocabulary:,}")
+    return sorted(found)
 
 
 def describe_lengths(tokenizer, samples, max_length: int, response_length: int) -> str:
@@ -968,9 +981,12 @@ def model_config(name: str):
         offline_if_unreachable()
     if Path(name, "adapter_config.json").exists():
         raise UsageError(f"--model {name}: an adapter; merge it into its model first (peft: merge_and_unload)")
+    for file in Path(name).glob("*") if Path(name).is_dir() else ():
+        if file.is_file() and open(file, "rb").read(24) == b"version https://git-lfs.":
+            raise UsageError(f"--model {name}: {file.name} is a pointer of Git LFS, not the file; git lfs pull gets it")
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except LOADING_ERRORS as error:
         raise UsageError(f"--model {name}: no model folder, nor to be had from the hub: {error}") from None
 
 
@@ -980,8 +996,8 @@ def load_tokenizer(name: str, languages: tuple[str, str] | None = None):
     languages: source and target of a translation model, as its tokenizer names them.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except LOADING_ERRORS as error:
         raise UsageError(f"--model {name}: its tokenizer cannot be loaded: {error}") from None
     if Path(name).is_dir() and not any(Path(name, file).exists() for file in TOKENIZER_FILES):
         raise UsageError(f"--model {name}: has no tokenizer; save_pretrained that of the model there too")
@@ -1006,6 +1022,9 @@ def position_limit(config) -> float:
     config = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_seq_len", "max_decoder_position_embeddings")
     limits = [limit for limit in (getattr(config, name, None) for name in names) if limit and limit > 0]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):  # one longer row changes the angles of all others in its batch
+        limits.append(rope["original_max_position_embeddings"])
     return math.inf if config.model_type in ("m2m_100", "pegasus_x", "xlnet") else min(limits, default=math.inf)
 
 

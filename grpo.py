@@ -56,10 +56,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers
 import tyro
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
-from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -75,7 +73,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import datapools
-from datapools import UsageError
+from datapools import LOADING_ERRORS, UsageError
 from rewards import make_metrics, make_rewards, measure, score_texts
 
 # RL4LMs has no GRPO. The KL columns are those of its PPO; a batch has 8 prompts or more in groups of 8; learning rates
@@ -160,7 +158,6 @@ class Args:
 def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
     signals = note_signals()
-    transformers.utils.logging.disable_progress_bar()
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ahead.add_argument("--policy-type", "--policy_type", nargs="?", default=Args.policy_type)
     args, record = parse_args(sys.argv[1:], ahead.parse_known_args(sys.argv[1:])[0].policy_type)
@@ -422,9 +419,14 @@ def load_config(args):
 def load_weights(auto_class, flag, name):
     """A model in float32, dropout off; UsageError if files are broken, or leave any weight at random."""
     try:
-        model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{flag} {name}: cannot be loaded: {error!s:.300}") from None
+        model, info = auto_class.from_pretrained(
+            name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
+        )
+    except LOADING_ERRORS as error:
+        raise UsageError(f"{flag} {name}: cannot be loaded: {error!r:.300}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise UsageError(f"{flag} {name}: its files lack weights or have other shapes: {names}")
@@ -439,9 +441,9 @@ def load_policy(args, config, tokenizer, decoding):
     the weights."""
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     policy = load_weights(auto_class, "--model", args.model)
-    eos = datapools.eos_ids(tokenizer, policy.generation_config)
-    # any padding token will do, since masks come from lengths, as long as it has an embedding
     pad_id, embeddings = tokenizer.pad_token_id, policy.get_input_embeddings().weight.shape[0]
+    eos = datapools.eos_ids(tokenizer, policy.generation_config, embeddings)
+    # any padding token will do, since masks come from lengths, as long as it has an embedding
     pad_id = eos[0] if pad_id is None or pad_id >= embeddings else pad_id
     # of the folder's own generation config nothing stays: decoding is what the task and the flags say
     lengths = dict(min_new_tokens=args.min_response_length or None, max_new_tokens=args.response_length)

@@ -51,10 +51,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import transformers
 import tyro
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
-from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -63,7 +61,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 import datapools
-from datapools import UsageError
+from datapools import LOADING_ERRORS, UsageError
 from rewards import as_text, clean, increasing_numbers, join, max_tokens
 
 # `numbers` are pairs of synthetic texts for the small model of supervised.py; else, one pass at 1e-5 (InstructGPT).
@@ -109,8 +107,6 @@ class Args:
 def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
     signals = note_signals()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # that the head is new is as it should be
     args, record = parse_args(sys.argv[1:], "causal")
     device = local_device()
     if args.task == "numbers":
@@ -323,14 +319,15 @@ class Scorer(nn.Module):
         options = dict(num_labels=len(names), id2label=names, label2id={name: i for i, name in names.items()})
         try:
             self.backbone, info = AutoModelForSequenceClassification.from_pretrained(
-                args.model, dtype=torch.float32, output_loading_info=True, **options
+                args.model, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"--model {args.model}: cannot be loaded as a classifier: {error!s:.300}") from None
+        except LOADING_ERRORS as error:
+            raise UsageError(f"--model {args.model}: cannot be loaded as a classifier: {error!r:.300}") from None
         inside = f"{self.backbone.base_model_prefix}."  # heads and poolers are new; the layers are not
-        missing = [name for name in info["missing_keys"] if name.startswith(inside) and "pooler" not in name]
+        missing = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+        missing = sorted(name for name in missing if name.startswith(inside) and "pooler" not in name)
         if missing:
-            raise UsageError(f"--model {args.model}: its files lack weights: {', '.join(sorted(missing)[:3])}")
+            raise UsageError(f"--model {args.model}: its files lack weights or have other shapes: {missing[:3]}")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id is None:

@@ -52,7 +52,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize as rouge_tokenize
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -61,7 +60,15 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from datapools import UsageError, answers, nearest, offline_if_unreachable, parse_kwargs, position_limit
+from datapools import (
+    LOADING_ERRORS,
+    UsageError,
+    answers,
+    nearest,
+    offline_if_unreachable,
+    parse_kwargs,
+    position_limit,
+)
 
 COMMONGEN_PREFIX = "generate a sentence with: "
 # References come again at every visit of their sample, so what is derived from them is kept, for as many as this.
@@ -972,9 +979,6 @@ def missing_concepts(generation: str, concepts: list[str]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Learned rewards
 # ---------------------------------------------------------------------------------------------------------------------
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
-
-
 def load_pretrained(auto_class, name: str, device: str, reward: str, max_length=None, **tokenizer_options):
     """Tokenizer and model (in eval mode, on the device) by hub name or path, and how many tokens it is to read: those
     that it has positions for, or max_length, if less."""
@@ -986,7 +990,7 @@ def load_pretrained(auto_class, name: str, device: str, reward: str, max_length=
         tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_options)
         model, loading = auto_class.from_pretrained(name, output_loading_info=True)
     except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(repr(error).split())[:300]
         raise UsageError(f"{reward}: the model {name!r} cannot be loaded (a hub name or a folder): {reason}") from None
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])

@@ -697,10 +697,10 @@ def test_eos_ids():
         return GenerationConfig(eos_token_id=eos)
 
     tokenizer = make_tokenizer()
-    assert datapools.eos_ids(tokenizer, config(None)) == [1] and datapools.eos_ids(tokenizer, config(7)) == [1, 7]
-    assert datapools.eos_ids(tokenizer, config([9, 1, 4])) == [1, 4, 9]
-    assert datapools.eos_ids(make_tokenizer(eos_token=None), config([9])) == [9]
-    assert "no EOS" in message(datapools.eos_ids, make_tokenizer(eos_token=None), config(None)).replace("an", "no")
+    assert datapools.eos_ids(tokenizer, config(None), 99) == [1]
+    assert datapools.eos_ids(tokenizer, config([9, 1, 4]), 99) == [1, 4, 9]
+    assert datapools.eos_ids(make_tokenizer(eos_token=None), config([9]), 99) == [9]
+    assert "no EOS" in message(datapools.eos_ids, make_tokenizer(eos_token=None), config(None), 99).replace("an", "no")
 
 
 def test_pad():

@@ -60,18 +60,43 @@ def test_a_layer_is_missing(gpt2):
 def test_weights_of_another_size(gpt2):
     config = json.loads((gpt2 / "config.json").read_text()) | {"n_embd": 64}
     (gpt2 / "config.json").write_text(json.dumps(config))
-    refused(gpt2, "cannot be loaded|other shapes")
+    refused(gpt2, r"other shapes.*wte.*|other shapes.*c_attn.bias.*\[96\].*\[192\]")
 
 
-def test_a_pointer_instead_of_weights(gpt2):
-    (gpt2 / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    refused(gpt2, "cannot be loaded")
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json"])
+def test_a_pointer_instead_of_a_file(name, gpt2):
+    (gpt2 / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused(gpt2, f"{name} is a pointer of Git LFS")
 
 
-def test_half_a_file(gpt2):
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", [b"", b"<html>no such file</html>", "half", "objects"])
+def test_weights_that_cannot_be_read(name, content, gpt2):
     file = gpt2 / "model.safetensors"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    refused(gpt2, "cannot be loaded")
+    weights = file.read_bytes()
+    if name == "pytorch_model.bin":
+        torch.save({"a": SimpleNamespace()} if content == "objects" else load_file(file), gpt2 / name)
+        file.unlink()
+        weights = (gpt2 / name).read_bytes()
+    if content == "objects" and name == "model.safetensors":
+        content = b'\x08\0\0\0\0\0\0\0{"a": 1}'
+    if content != "objects":
+        (gpt2 / name).write_bytes(weights[: len(weights) // 2] if content == "half" else content)
+    refused(gpt2, r"cannot be loaded: \w*Error\(")
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_embd": "32"}, {"dtype": "float17"}, {"n_head": 5}, {"activation_function": "x"}]
+)
+def test_a_config_that_makes_no_model(change, gpt2):
+    (gpt2 / "config.json").write_text(json.dumps(json.loads((gpt2 / "config.json").read_text()) | change))
+    refused(gpt2, "cannot be loaded|no model folder")
+
+
+@pytest.mark.parametrize("eos", ["</s>", 99_999, [2, "</s>"]])
+def test_an_eos_that_is_no_token(eos, gpt2):
+    (gpt2 / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    refused(gpt2, "no ids below 99")
 
 
 def test_a_quantised_model_without_its_library(gpt2):
@@ -193,3 +218,13 @@ def test_prompts_longer_than_the_positions(gpt2):
         ppo_causal.load_config(args)
     args.response_length = 28
     ppo_causal.load_config(args)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_lengths_at_which_one_row_changes_the_others(kind, gpt2):
+    """Beyond the original length such rotary embeddings take other angles for the whole batch."""
+    factors = dict(short_factor=[1.0] * 4, long_factor=[4.0] * 4) if kind == "longrope" else {}
+    rope = dict(rope_type=kind, rope_theta=1e4, factor=4.0, original_max_position_embeddings=20, **factors)
+    folder = save("llama", False, gpt2.parent / kind, rope_parameters=rope)
+    with pytest.raises(datapools.UsageError, match=r"--prompt-length \+ --response-length 24.* 20 positions"):
+        load("llama", False, folder)

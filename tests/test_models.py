@@ -43,8 +43,19 @@ CAUSAL = (
     "gpt2 llama gemma2 mamba mixtral bloom opt falcon falcon_mamba gpt_neox gptj mpt phi phi3 qwen2 qwen3 qwen3_moe "
     "qwen2_moe qwen3_next mistral gemma gemma3_text cohere cohere2 olmo olmo2 granite granitemoe deepseek_v2 "
     "deepseek_v3 starcoder2 stablelm smollm3 gpt_bigcode codegen ctrl biogpt xglm nemotron persimmon exaone4 glm glm4 "
-    "jetmoe helium gpt_oss minimax bert roberta"
+    "jetmoe helium gpt_oss minimax bert roberta llama4_text olmo3 olmoe seed_oss arcee apertus ernie4_5 glm4_moe "
+    "phimoe hunyuan_v1_dense lfm2 gpt_neo mamba2 jamba bamba granitemoehybrid falcon_h1"
 ).split()
+# sizes that differ from those of all others, above all where the attention is among recurrent layers
+HYBRID = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_d_conv=4, mamba_chunk_size=8)
+ODD_SIZES = {
+    "gpt_neo": dict(num_layers=4, attention_types=[[["global", "local"], 2]], window_size=4),
+    "mamba2": dict(num_heads=8, n_groups=1, chunk_size=8),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4, use_mamba_kernels=False),
+    "bamba": HYBRID | dict(attn_layer_indices=[1, 3]),
+    "granitemoehybrid": HYBRID | dict(layer_types=["mamba", "attention"] * 2, shared_intermediate_size=32),
+    "falcon_h1": HYBRID | dict(mamba_d_ssm=64),
+}
 SEQ2SEQ = (
     "t5 bart m2m_100 t5gemma marian mt5 umt5 mbart pegasus pegasus_x led longt5 blenderbot blenderbot-small mvp plbart "
     "bigbird_pegasus"
@@ -70,7 +81,7 @@ def save(kind, seq2seq, folder, **more):
         config = transformers.T5GemmaConfig(encoder=module, decoder=copy.deepcopy(module), vocab_size=99)
     else:
         more |= OF_A_DECODER if not seq2seq else dict(decoder_start_token_id=2 if kind == "m2m_100" else 0)
-        config = config_of(kind, **more)
+        config = config_of(kind, **ODD_SIZES.get(kind, {}), **more)
     torch.manual_seed(0)
     auto_class = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
     model = auto_class.from_config(config, dtype=torch.float32)
@@ -197,3 +208,12 @@ def test_an_iteration_from_the_command_line(seq2seq, kind, words, tmp_path):
     assert result.code == 0, result.stderr
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["rollout/sampler_error"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mixtral", pytest.param("qwen3_next", marks=pytest.mark.slow)])
+def test_trpo_refuses_kernels_without_forward_derivatives_in_one_line(kind, words, tmp_path):
+    save(kind, False, tmp_path / "model")
+    flags = f"--task {words} --model {tmp_path / 'model'} --reward rouge1 --prompt-length 8 --response-length 6"
+    result = run("trpo", f"{flags} --policy-type causal --batch-size 4 --run-dir run".split(), tmp_path, timeout=120)
+    assert result.code == 2 and len(result.stderr.splitlines()) == 1
+    assert f"{kind} does not fit this script: TRPO needs forward derivatives" in result.stderr
