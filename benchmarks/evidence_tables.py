@@ -1,0 +1,193 @@
+"""What evidence.py --gather writes: the tables of docs/results.md between its two marks, and the pictures.
+
+Intervals are 95% percentile bootstraps over seeds (10,000 draws). P(better) is the share of pairs of runs, one of each
+algorithm, of which that of the first is better, as in Agarwal et al. 2021, https://arxiv.org/abs/2108.13264.
+"""
+
+import re
+
+import numpy as np
+from evidence import ABLATIONS, ALGORITHMS, SEARCH_SEED, chosen, finished, folder_of, objective, rows_of, settings_of
+from matplotlib.figure import Figure
+
+BEGIN, END = "<!-- tables: evidence.py --gather -->", "<!-- end of tables -->"
+DRAWS = 10_000
+
+
+def interval(values, draw):
+    """The 95% interval of a statistic of resampled runs; `draw(rng)` gives one."""
+    rng = np.random.default_rng(0)
+    return np.percentile([draw(rng, values) for _ in range(DRAWS)], [2.5, 97.5])
+
+
+def mean_and_interval(values, digits=3):
+    values = np.array([value for value in values if value is not None], float)
+    if len(values) == 0:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    low, high = interval(values, lambda rng, x: rng.choice(x, len(x)).mean())
+    return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def better(first, second):
+    """P(a run of the first is better than one of the second), ties a half, with its interval."""
+
+    def share(a, b):
+        return ((a[:, None] > b).mean() + (a[:, None] >= b).mean()) / 2
+
+    pair = np.array(first, float), np.array(second, float)
+    low, high = interval(pair, lambda rng, x: share(*(rng.choice(part, len(part)) for part in x)))
+    return f"{share(*pair):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def curve(folder):
+    return [row for row in rows_of(folder / "eval.jsonl") if row["split"] == "val"]
+
+
+def last_test(folder):
+    return [row for row in rows_of(folder / "eval.jsonl") if row["split"] == "test"][-1]
+
+
+def score_at(rows, name, kl):
+    """The score where a run's curve on val crosses this KL, linearly between evaluations; None if it never does."""
+    for before, after in zip(rows, rows[1:], strict=False):
+        if before["kl"] <= kl <= after["kl"] and before["kl"] < after["kl"]:
+            return np.interp(kl, [before["kl"], after["kl"]], [before[name], after[name]])
+    return None
+
+
+def runs_of(name, out):
+    """{seed: folder} of the finished reported runs of an algorithm."""
+    folders = {seed: folder_of(out, name, seed) for seed in range(1, 11)}
+    return {seed: folder for seed, folder in folders.items() if finished(folder)}
+
+
+def setting_text(setting):
+    return "; ".join(f"{flag} {value:g}" for flag, value in setting.items()) if setting else ""
+
+
+def result_table(task, out):
+    runs = {name: runs_of(name, out) for name in ALGORITHMS}
+    runs = {name: folders for name, folders in runs.items() if folders}
+    if not runs:
+        return [], runs
+    first_run = next(iter(next(iter(runs.values())).values()))
+    start = [row for row in rows_of(first_run / "eval.jsonl") if row["split"] == "test"][0]
+    ends = [max(row["kl"] for row in curve(folder)) for folders in runs.values() for folder in folders.values()]
+    kl = min(ends)
+    heads = ["algorithm", "step", "seeds", task.score, *task.others, "KL", "objective", f"{task.score} at KL {kl:.3f}"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    cells = [f"{start[name]:.3f}" for name in (task.score, *task.others.values())]
+    lines.append("| " + " | ".join(["supervised", "", "1", *cells, "0", f"{start[task.score]:.3f}", ""]) + " |")
+    for name, folders in runs.items():
+        tests = [last_test(folder) for folder in folders.values()]
+        cells = [mean_and_interval([test[key] for test in tests]) for key in (task.score, *task.others.values(), "kl")]
+        cells.append(mean_and_interval([objective(task, test) for test in tests]))
+        cells.append(mean_and_interval([score_at(curve(folder), task.score, kl) for folder in folders.values()]))
+        line = [name, setting_text(chosen(task, name, out)), str(len(folders)), *cells]
+        lines.append("| " + " | ".join(line) + " |")
+    return lines, runs
+
+
+def comparison_table(task, out, runs):
+    """P(better) of both NLPOs over PPO, on every figure that rates."""
+    others = [name for name in runs if name.startswith("NLPO")]
+    if "PPO" not in runs or not others:
+        return []
+    held_out = [name for name in task.others.values() if name in ("judge", "chrf")]
+    figures = {name: (lambda row, name=name: row[name]) for name in (task.score, *held_out)}
+    figures["objective"] = lambda row: objective(task, row)
+    lines = ["| P(better) on test | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
+    for name in others:
+        tests = [[last_test(folder) for folder in runs[each].values()] for each in (name, "PPO")]
+        cells = [better(*([figure(test) for test in part] for part in tests)) for figure in figures.values()]
+        lines.append(f"| {name} over PPO | " + " | ".join(cells) + " |")
+    return lines
+
+
+def search_table(task, out):
+    lines = ["| algorithm | step | score on val | KL | objective |", "|---|---|---|---|---|"]
+    for name in ALGORITHMS:
+        for setting in settings_of(name):
+            folder = folder_of(out, name, SEARCH_SEED, setting)
+            if finished(folder):
+                row = curve(folder)[-1]
+                mark = "**" if setting == chosen(task, name, out) else ""
+                cells = f"{row[task.score]:.3f} | {row['kl']:.3f} | {mark}{objective(task, row):.3f}{mark}"
+                lines.append(f"| {name} | {setting_text(setting)} | {cells} |")
+    return lines if len(lines) > 2 else []
+
+
+def mask_table(out, runs):
+    """What the masks did in training, means over all iterations and runs."""
+    lines = ["| | mass within the mask | vocabulary kept | tokens at which it excludes any |", "|---|---|---|---|"]
+    for name in [name for name in runs if name.startswith("NLPO")]:
+        rows = [row for folder in runs[name].values() for row in rows_of(folder / "metrics.jsonl")]
+        names = ("rollout/mask_mass", "rollout/mask_kept_fraction", "rollout/mask_bite_fraction")
+        lines.append(f"| {name} | " + " | ".join(f"{np.mean([row[n] for row in rows]):.3f}" for n in names) + " |")
+    return lines if len(lines) > 2 else []
+
+
+def ablation_table(task, out):
+    lines = ["| changed | seeds | score | judge | KL | objective | objective, minus that of the same seeds without |"]
+    lines.append("|---" * 7 + "|")
+    for label, (name, *_) in ABLATIONS.items():
+        folders = {seed: folder_of(out / "ablations", label, seed) for seed in (1, 2, 3)}
+        pairs = [
+            (last_test(folder), last_test(folder_of(out / "sentiment", name, seed)))
+            for seed, folder in folders.items()
+            if finished(folder) and finished(folder_of(out / "sentiment", name, seed))
+        ]
+        if pairs:
+            cells = [mean_and_interval([test[key] for test, _ in pairs]) for key in (task.score, "judge", "kl")]
+            cells.append(mean_and_interval([objective(task, test) for test, _ in pairs]))
+            cells.append(mean_and_interval([objective(task, test) - objective(task, base) for test, base in pairs]))
+            lines.append(f"| {name}: {label} | {len(pairs)} | " + " | ".join(cells) + " |")
+    return lines if len(lines) > 2 else []
+
+
+def draw(axes, task, runs, figure, title):
+    """A figure on val against KL: a line for each algorithm through the means of its evaluations, a thin one a run."""
+    for color, (name, folders) in enumerate(runs.items()):
+        curves = [curve(folder) for folder in folders.values()]
+        points = np.array([[(row["kl"], row[figure]) for row in rows] for rows in curves])  # (runs, evaluations, 2)
+        for each in points:
+            axes.plot(*each.T, color=f"C{color}", linewidth=0.6, alpha=0.35)
+        axes.plot(*points.mean(0).T, color=f"C{color}", marker=".", linewidth=2, label=f"{name} ({len(points)})")
+    axes.set(xlabel="KL from the supervised model, nats per token", ylabel=title)
+    axes.grid(alpha=0.4)
+
+
+def pictures(tasks, all_runs, folder):
+    sentiment = all_runs["sentiment"]
+    if sentiment:
+        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        draw(left, tasks["sentiment"], sentiment, "classifier", "score: the classifier that is trained on")
+        draw(right, tasks["sentiment"], sentiment, "judge", "held-out judge")
+        left.legend(fontsize=8)
+        figure.savefig(folder / "results.png", dpi=110)
+    others = [key for key in ("summaries", "numbers") if all_runs.get(key)]
+    if others:
+        figure = Figure(figsize=(5 * len(others), 3.8), layout="constrained")
+        for axes, key in zip(np.atleast_1d(figure.subplots(1, len(others))), others, strict=True):
+            draw(axes, tasks[key], all_runs[key], tasks[key].score, f"{key}: {tasks[key].score}")
+            axes.legend(fontsize=8)
+        figure.savefig(folder / "results_others.png", dpi=110)
+
+
+def gather(tasks, args):
+    parts, all_runs = [], {}
+    for key, task in tasks.items():
+        out = args.out / key
+        table, all_runs[key] = result_table(task, out)
+        parts += [[f"### {key}"], table, comparison_table(task, out, all_runs[key]), mask_table(out, all_runs[key])]
+        parts += [["The search, on val:"] if search_table(task, out) else [], search_table(task, out)]
+    parts += [["### One thing changed, sentiment"], ablation_table(tasks["sentiment"], args.out)]
+    text = "\n\n".join("\n".join(part) for part in parts if part)
+    pictures(tasks, all_runs, args.gather)
+    page = args.gather / "results.md"
+    before = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
+    page.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{text}\n\n{END}", before, flags=re.DOTALL))
+    print(text)
