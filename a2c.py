@@ -32,7 +32,6 @@ import contextlib
 import copy
 import fcntl
 import functools
-import importlib.util
 import inspect
 import io
 import json
@@ -157,6 +156,7 @@ class Args:
 
 def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter gets its number
     signals = note_signals()
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ahead.add_argument("--policy-type", "--policy_type", nargs="?", default=Args.policy_type)
@@ -167,6 +167,7 @@ def main():
     seq2seq = config.is_encoder_decoder
     args.policy_type = "seq2seq" if seq2seq else "causal"
     tokenizer = datapools.load_tokenizer(args.model, args.languages)
+    lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, args.response_length)
     making = dict(tokenizer=tokenizer, device=str(device), separator=" " if seq2seq else "")
     reward_functions = make_rewards(args.reward, args.reward_kwargs, task.reward_kwargs, train, **making)
     metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
@@ -203,7 +204,6 @@ def main():
     queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
     check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
     thread = concurrent.futures.ThreadPoolExecutor(1)
-    lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, T)
     announce(run_dir, policy, lengths, device, args, record, rank)
     evaluation = (policy, tokenizer, metrics, decoding, args, device, run_dir)
     if iteration == 0:
@@ -808,9 +808,7 @@ def parse_args(argv, policy_type):
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        # tyro draws a box: keep its text as one line, without frame, title and the help of each suggestion
-        lines = [line.strip("│ ") for line in message.getvalue().splitlines() if line.startswith("│")]
-        fail(" ".join(line for line in lines if not line.startswith(("─", "For full", "Argument helptext"))))
+        fail(datapools.usage_line(message.getvalue(), argv, Args.__dataclass_fields__))
     try:
         args = settings.validate_python(asdict(args))
     except ValidationError as error:
@@ -840,7 +838,6 @@ def check_args(args):
         (args.fsdp and "WORLD_SIZE" not in os.environ, "--fsdp: shards over processes; start the script by torchrun"),
         (args.fsdp and "perplexity" in args.metrics, "--metrics perplexity: needs the whole model; not with --fsdp"),
         (not args.reward, "--reward: name at least one"),
-        (args.track and not importlib.util.find_spec("wandb"), "--track: wandb is not installed; pip install wandb"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
         (given and not args.resume and begun, f"--run-dir {folder}: exists; go on by --resume, or name another"),
@@ -848,6 +845,8 @@ def check_args(args):
     for applies, message in wrong:
         if applies:
             raise UsageError(message)
+    if args.track:
+        datapools.check_wandb()
 
 
 # ------------------------------------------------------------------------------------------------ files of a run

@@ -20,6 +20,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import pickle
 import random
 import re
@@ -1080,6 +1081,47 @@ def parse_kwargs(typed: dict[str, str], names, defaults: dict[str, dict]) -> dic
         for name in [owner] if owner else names:
             kwargs[name][option] = from_text(text)
     return kwargs
+
+
+def usage_line(box: str, argv: list[str], fields: dict) -> str:
+    """What tyro says of a wrong command line, in a box, as one line; the likeliest slips with the right form.
+
+    fields: those of the script's Args.
+    """
+    flags = {f"--{name.replace('_', '-')}": name for name in fields}
+    initials = {"--" + "".join(word[0] for word in name.split("_")): flag for flag, name in flags.items()}  # --lr
+    lines = [line[1:-1].strip("─- ") for line in box.splitlines() if line.startswith(("│ ", "  "))]  # UTF-8, ASCII
+    text = " ".join(itertools.takewhile(lambda line: not line.startswith(("For full", "Argument help")), lines))
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    typed = [word.replace("_", "-") if word.startswith("--") else word for word in words]
+    if "Unrecognized" in text:
+        for flag, value in itertools.pairwise(typed):
+            if flag.replace("--no-", "--") in flags and value.lower() in ("true", "false"):
+                right = flag if value.lower() == "true" else flag.replace("--", "--no-", 1)
+                return f"{flag} {value}: takes no value; write {right.replace('--no-no-', '--')}"
+        unknown = [word for word in typed if word.startswith("--") and word.replace("--no-", "--") not in flags]
+        if unknown:
+            close = f" (did you mean {initials[unknown[0]]!r}?)" if unknown[0] in initials else ""
+            return f"{unknown[0]}: no such flag{close or nearest(unknown[0], flags)}; --help shows all"
+    if "key-value" in text:
+        flag = re.search(r"--[\w-]+", text)[0]
+        given = " ".join(itertools.takewhile(lambda word: not word.startswith("--"), words[typed.index(flag) + 1 :]))
+        right = " ".join(given.replace("=", " ").split())
+        return f"{flag} {given}: keys and values take turns, as in {flag} {right if '=' in given else 'KEY VALUE'}"
+    return text
+
+
+def check_wandb() -> None:
+    """UsageError if --track cannot work: wandb is not there, or nobody is logged in. At a terminal wandb asks."""
+    try:
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and os.environ.get("RANK", "0") == "0":
+            wandb.login()
+    except ImportError:
+        raise UsageError("--track: wandb is not installed; pip install wandb") from None
+    except wandb.Error as error:
+        raise UsageError(f"--track: {error} Or set WANDB_MODE=offline.") from None
 
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")

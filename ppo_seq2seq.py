@@ -30,7 +30,6 @@ import contextlib
 import copy
 import fcntl
 import functools
-import importlib.util
 import inspect
 import io
 import json
@@ -156,12 +155,14 @@ class Args:
 
 def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter gets its number
     signals = note_signals()
     args, record = parse_args(sys.argv[1:], "seq2seq")
     task, device = datapools.get_task(args.task), local_device()
     train, val, test = datapools.load_splits(args.task, args.data, args.task_kwargs, args.chat)
     load_config(args)
     tokenizer = datapools.load_tokenizer(args.model, args.languages)
+    lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, args.response_length)
     making = dict(tokenizer=tokenizer, device=str(device), separator=" ")
     reward_functions = make_rewards(args.reward, args.reward_kwargs, task.reward_kwargs, train, **making)
     metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
@@ -200,7 +201,6 @@ def main():
     queries, query_mask = datapools.pad(prompt_ids, pad_id, device)
     check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
     thread = concurrent.futures.ThreadPoolExecutor(1)
-    lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, T)
     announce(run_dir, policy, lengths, device, args, record, rank)
     evaluation = (policy, tokenizer, metrics, decoding, args, device, run_dir)
     if iteration == 0:
@@ -804,9 +804,7 @@ def parse_args(argv, policy_type):
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        # tyro draws a box: keep its text as one line, without frame, title and the help of each suggestion
-        lines = [line.strip("│ ") for line in message.getvalue().splitlines() if line.startswith("│")]
-        fail(" ".join(line for line in lines if not line.startswith(("─", "For full", "Argument helptext"))))
+        fail(datapools.usage_line(message.getvalue(), argv, Args.__dataclass_fields__))
     try:
         args = settings.validate_python(asdict(args))
     except ValidationError as error:
@@ -837,7 +835,6 @@ def check_args(args):
         (args.fsdp and "WORLD_SIZE" not in os.environ, "--fsdp: shards over processes; start the script by torchrun"),
         (args.fsdp and "perplexity" in args.metrics, "--metrics perplexity: needs the whole model; not with --fsdp"),
         (not args.reward, "--reward: name at least one"),
-        (args.track and not importlib.util.find_spec("wandb"), "--track: wandb is not installed; pip install wandb"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
         (given and not args.resume and begun, f"--run-dir {folder}: exists; go on by --resume, or name another"),
@@ -845,6 +842,8 @@ def check_args(args):
     for applies, message in wrong:
         if applies:
             raise UsageError(message)
+    if args.track:
+        datapools.check_wandb()
 
 
 # ------------------------------------------------------------------------------------------------ files of a run

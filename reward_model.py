@@ -26,7 +26,6 @@ Left out on purpose: dropout, margins and ties between pairs, several labels of 
 import argparse
 import contextlib
 import fcntl
-import importlib.util
 import inspect
 import io
 import json
@@ -106,6 +105,7 @@ class Args:
 
 def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter gets its number
     signals = note_signals()
     args, record = parse_args(sys.argv[1:], "causal")
     device = local_device()
@@ -449,9 +449,7 @@ def parse_args(argv, policy_type):
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        # tyro draws a box: keep its text as one line, without frame, title and the help of each suggestion
-        lines = [line.strip("│ ") for line in message.getvalue().splitlines() if line.startswith("│")]
-        fail(" ".join(line for line in lines if not line.startswith(("─", "For full", "Argument helptext"))))
+        fail(datapools.usage_line(message.getvalue(), argv, Args.__dataclass_fields__))
     try:
         args = settings.validate_python(asdict(args))
     except ValidationError as error:
@@ -473,7 +471,6 @@ def check_args(args):
     wrong = [
         (args.batch_size % processes, f"--batch-size {args.batch_size}: must be a multiple of {processes} processes"),
         (args.fsdp and "WORLD_SIZE" not in os.environ, "--fsdp: shards over processes; start the script by torchrun"),
-        (args.track and not importlib.util.find_spec("wandb"), "--track: wandb is not installed; pip install wandb"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
         (given and not args.resume and begun, f"--run-dir {folder}: exists; go on by --resume, or name another"),
@@ -481,6 +478,8 @@ def check_args(args):
     for applies, message in wrong:
         if applies:
             raise UsageError(message)
+    if args.track:
+        datapools.check_wandb()
 
 
 # ------------------------------------------------------------------------------------------------ files of a run

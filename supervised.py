@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import fcntl
 import functools
-import importlib.util
 import inspect
 import io
 import json
@@ -134,6 +133,7 @@ class Args:
 
 def main():
     # ------------------------------------------------------- set-up: what is wrong is said before a model is loaded
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter gets its number
     signals = note_signals()
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     ahead.add_argument("--policy-type", "--policy_type", nargs="?", default=Args.policy_type)
@@ -149,6 +149,7 @@ def main():
     config = load_config(start)
     args.policy_type = "seq2seq" if config.is_encoder_decoder else "causal"
     tokenizer = datapools.load_tokenizer(start.model, args.languages)
+    lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, args.response_length)
     making = dict(tokenizer=tokenizer, device=str(device), separator=" " if config.is_encoder_decoder else "")
     metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
     decoding = datapools.decoding_options(task, args.decoding)
@@ -185,7 +186,6 @@ def main():
     # a loss that saw the answer, as of BERT, is not that of sampling either; there are no values to compare
     queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)
     check_fit(policy, lambda mb: mb.responses * 0.0, queries, query_mask, behaviour, pad_id, args)
-    lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, args.response_length)
     announce(run_dir, policy, f"{len(pairs):,} training pairs; {lengths}", device, args, record, rank)
     evaluation = (policy, tokenizer, metrics, decoding, args, device, run_dir)
     if iteration == 0:
@@ -720,9 +720,7 @@ def parse_args(argv, policy_type):
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        # tyro draws a box: keep its text as one line, without frame, title and the help of each suggestion
-        lines = [line.strip("│ ") for line in message.getvalue().splitlines() if line.startswith("│")]
-        fail(" ".join(line for line in lines if not line.startswith(("─", "For full", "Argument helptext"))))
+        fail(datapools.usage_line(message.getvalue(), argv, Args.__dataclass_fields__))
     try:
         args = settings.validate_python(asdict(args))
     except ValidationError as error:
@@ -749,7 +747,6 @@ def check_args(args):
             f"{args.scratch_width}"),
         (args.fsdp and "WORLD_SIZE" not in os.environ, "--fsdp: shards over processes; start the script by torchrun"),
         (args.fsdp and "perplexity" in args.metrics, "--metrics perplexity: needs the whole model; not with --fsdp"),
-        (args.track and not importlib.util.find_spec("wandb"), "--track: wandb is not installed; pip install wandb"),
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
         (given and not args.resume and begun, f"--run-dir {folder}: exists; go on by --resume, or name another"),
@@ -757,6 +754,8 @@ def check_args(args):
     for applies, message in wrong:
         if applies:
             raise UsageError(message)
+    if args.track:
+        datapools.check_wandb()
 
 
 # ------------------------------------------------------------------------------------------------ files of a run

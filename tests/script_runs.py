@@ -125,6 +125,8 @@ def run_in_child(script, argv, cwd, env, out, err, draw, missing, kill_at, event
     os.chdir(cwd)
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), descriptor)
+    if "PYTHONIOENCODING" in env:
+        sys.stdout.reconfigure(encoding=env["PYTHONIOENCODING"], errors="strict")
     path = str(ROOT / f"{script}.py")
     sys.argv = [path, *argv]
     events = Counter()

@@ -52,6 +52,11 @@ WRONG = [
     # flags
     (ANY, "--lerning-rate 0.1", "--lerning-rate", "--learning-rate"),
     (ANY, "--no-such-flag 3", "--no-such-flag"),
+    (ANY, "--lr 1e-4", "--lr", "--learning-rate"),
+    (ANY, "--bs=8", "--bs", "--batch-size"),
+    (ANY, "--anneal-lr False", "--anneal-lr False", "write --no-anneal-lr"),
+    (ANY, "--no-anneal_lr=true", "--no-anneal-lr true", "write --no-anneal-lr"),
+    (RL, "--whiten-rewards True", "--whiten-rewards True", "write --whiten-rewards"),
     (ANY, "extra", "extra"),
     (ANY, "--batch-size many", "--batch-size", "many"),
     (ANY, "--batch-size 8.5", "--batch-size", "8.5"),
@@ -125,7 +130,9 @@ WRONG = [
     (RL, "--reward", "--reward"),
     (RL, "--reward-kwargs min_token 3", "'min_token'", "'min_tokens'"),
     (RL, "--reward-kwargs rouge1.x 3", "rouge1", "increasing_numbers.x"),
-    (RL, "--reward-kwargs min_tokens", "--reward-kwargs", "key-value"),
+    (RL, "--reward-kwargs min_tokens", "--reward-kwargs min_tokens:", "KEY VALUE"),
+    (RL, "--reward-kwargs min_tokens=5", "--reward-kwargs min_tokens=5:", "as in --reward-kwargs min_tokens 5"),
+    (RL, "--reward-kwargs min_tokens=5 x=3", "min_tokens 5 x 3"),
     (RL, "--reward-kwargs min_tokens many", "min_tokens", "many"),
     (ANY, "--metric-kwargs nonsense 3", "'nonsense'", "min_tokens"),
     (ANY, "--task-kwargs samples 3", "'samples'", "'n_samples'"),
@@ -146,6 +153,8 @@ WRONG = [
     (ANY, "--task {no_prompt}", "'prompt'", "promt"),
     (ANY, "--task {few_rows}", "{few_rows}", "3 rows"),
     (ANY, "--task {bad_references}", "'references'", "line 1"),
+    (ANY, "--chat", "messages", "no chat template"),
+    (ANY, "--task {messages}", "messages", "no chat template"),
     (RL, "--task {no_references} --reward rouge1 --metrics diversity", "'rouge1'", "references"),
     (RL, "--task {no_references} --reward {own}:digits --metrics rouge", "'rouge'", "references"),
     ("supervised", "--task {no_references} --metrics diversity", "{no_references}", "references"),
@@ -291,6 +300,8 @@ def things(tmp_path_factory, texts):
     (folder / "not_json.jsonl").write_text(json.dumps(row) + "\n{'prompt': 3}\n" + (json.dumps(row) + "\n") * 10)
     write_rows(folder / "no_prompt.jsonl", [{"promt": "one"}] * 12)
     write_rows(folder / "few_rows.jsonl", [row] * 3)
+    message = {"role": "user", "content": "one"}
+    write_rows(folder / "messages.jsonl", [{"prompt": [message], "references": ["two"]}] * 12)
     write_rows(folder / "bad_references.jsonl", [{"prompt": "one", "references": [1]}] * 12)
     (folder / "exists").mkdir()
     (folder / "exists" / "metrics.jsonl").write_text("mine\n")
@@ -410,6 +421,28 @@ def test_track_without_wandb_is_told_before_anything_starts(tmp_path):
     words = flags("ppo_seq2seq", task="numbers", run_dir="run", track=True, **TINY)
     assert_one_line(run("ppo_seq2seq", words, tmp_path, missing="wandb"), "ppo_seq2seq", 2, ["--track", "wandb"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_track_without_login_is_told_before_anything_starts(script, tmp_path):
+    words = flags(script, task="numbers", run_dir="run", track=True, **TINY)
+    nobody = dict(HOME=str(tmp_path), WANDB_API_KEY="", WANDB_MODE="online", WANDB_SILENT="true")
+    assert_one_line(run(script, words, tmp_path, env=nobody), script, 2, ["--track", "wandb login", "WANDB_MODE"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_terminal_without_the_letters(script, encoding, tmp_path):
+    """A wrong flag is told; a run goes on, what the terminal lacks is shown by its number, and files are UTF-8."""
+    wrong = run(script, ["--task", "numbers", "--lerning-rate", "1"], tmp_path, env=dict(PYTHONIOENCODING=encoding))
+    assert_one_line(wrong, script, 2, ["--lerning-rate", "'--learning-rate'"])
+    rows = [{"prompt": "zähle 日本語 1 2", "references": ["much larger größer 日本"]}] * 20
+    write_rows(tmp_path / "texts.jsonl", rows)
+    settings = TINY | dict(task="texts.jsonl", run_dir="run", num_iterations=1, num_epochs=1)
+    result = run_ok(script, flags(script, **settings), tmp_path, env=dict(PYTHONIOENCODING=encoding))
+    assert ("ä" in result.stdout or "\\xe4" in result.stdout or encoding == "latin-1") and "\\u65e5" in result.stdout
+    assert "größer 日本" in (tmp_path / "run" / "predictions" / "val_0.jsonl").read_text(encoding="utf-8")
 
 
 def test_error_of_two_processes_is_said_once(tmp_path):
