@@ -80,7 +80,7 @@ from rewards import make_metrics, make_rewards, measure, score_texts
 # columns are those of its PPO. It configures A2C for two tasks only, with learning rates of 1e-5 (numbers) and 1e-6
 # (IMDB, KL target 0.5): the rates here are ours: PPO's in ppo_*.py times 3, and were not tuned on these tasks.
 # `numbers` and `dates` are set for the small model of supervised.py.
-TASK_COLUMNS = ("batch_size", "num_iterations", "learning_rate", "kl_coef", "target_kl")
+TASK_COLUMNS = "batch_size num_iterations learning_rate kl_coef target_kl".split()
 TASK_DEFAULTS = {
     "numbers dates":                          (64, 150, 5e-4, 0.01, 2.0),
     "imdb imdb_seq2seq":                      (32, 50, 7.5e-6, 0.1, 0.1),

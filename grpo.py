@@ -79,9 +79,8 @@ from rewards import make_metrics, make_rewards, measure, score_texts
 # are PPO's here times 2, since minibatches of 32 sequences are four times as large. `numbers` and `dates` are set for
 # the small model of supervised.py.
 TASK_COLUMNS = (
-    "batch_size", "num_minibatches", "update_epochs", "num_iterations", "learning_rate", "clip_coef_high", "kl_coef",
-    "target_kl",
-)  # fmt: skip
+    "batch_size num_minibatches update_epochs num_iterations learning_rate clip_coef_high kl_coef target_kl"
+).split()
 TASK_DEFAULTS = {
     "numbers dates":                          (64, 4, 2, 40, 1e-3, 0.4, 0.001, 2.0),
     "imdb imdb_seq2seq":                      (64, 2, 5, 50, 5e-6, None, 0.1, 0.1),

@@ -75,16 +75,16 @@ from rewards import make_metrics, make_rewards, measure, score_texts
 # per iteration over the response length, and the learning rate is its own times sqrt(tokens per minibatch / 64), since
 # its minibatches are 64 tokens (the rule for Adam of Malladi et al. 2022, https://arxiv.org/abs/2205.10287). `numbers`
 # and `dates` are set for the small model of supervised.py.
-TASK_COLUMNS = ("batch_size", "num_minibatches", "num_iterations", "learning_rate", "kl_coef", "target_kl")
+TASK_COLUMNS = "batch_size num_minibatches update_epochs num_iterations learning_rate kl_coef target_kl".split()
 TASK_DEFAULTS = {
-    "numbers dates":                          (64, 4, 60, 3e-4, 0.01, 2.0),
-    "imdb imdb_seq2seq":                      (32, 4, 50, 2.5e-6, 0.1, 0.1),
-    "commongen":                              (128, 16, 200, 3e-6, 0.001, 2.0),
-    "cnn_dm xsum":                            (48, 6, 100, 7e-6, 0.001, 0.2),
-    "totto":                                  (48, 6, 100, 5e-6, 0.001, 2.0),
-    "narrative_qa":                           (48, 6, 100, 5e-6, 0.001, 1.0),
-    "wmt16 wmt14_en_de wmt16_news iwslt2017": (40, 5, 50, 4e-6, 0.001, 0.2),
-    "crd3 daily_dialog":                      (64, 8, 50, 2e-6, 0.2, 0.5),
+    "numbers dates":                          (64, 4, 2, 60, 5e-4, 0.01, 2.0),
+    "imdb imdb_seq2seq":                      (32, 4, 5, 50, 2.5e-6, 0.1, 0.1),
+    "commongen":                              (128, 16, 5, 200, 3e-6, 0.001, 2.0),
+    "cnn_dm xsum":                            (48, 6, 5, 100, 7e-6, 0.001, 0.2),
+    "totto":                                  (48, 6, 5, 100, 5e-6, 0.001, 2.0),
+    "narrative_qa":                           (48, 6, 5, 100, 5e-6, 0.001, 1.0),
+    "wmt16 wmt14_en_de wmt16_news iwslt2017": (40, 5, 5, 50, 4e-6, 0.001, 0.2),
+    "crd3 daily_dialog":                      (64, 8, 5, 50, 2e-6, 0.2, 0.5),
 }  # fmt: skip
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

@@ -64,7 +64,7 @@ from datapools import LOADING_ERRORS, UsageError
 from rewards import as_text, clean, increasing_numbers, join, max_tokens
 
 # `numbers` are pairs of synthetic texts for the small model of supervised.py; else, one pass at 1e-5 (InstructGPT).
-TASK_COLUMNS = ("batch_size", "num_epochs", "learning_rate")
+TASK_COLUMNS = "batch_size num_epochs learning_rate".split()
 TASK_DEFAULTS = {"numbers": (32, 3, 5e-4)}
 
 

@@ -68,7 +68,7 @@ from rewards import make_metrics, measure
 
 # RL4LMs trains T5 at 1e-5 to 1e-4 for 2 to 5 epochs and GPT-2 at 1e-5 for 10 to 20, on batches of 8 to 64; `numbers`
 # and `dates` are set for the small scratch model, and stop where RL still has something to do.
-TASK_COLUMNS = ("batch_size", "num_epochs", "learning_rate")
+TASK_COLUMNS = "batch_size num_epochs learning_rate".split()
 TASK_DEFAULTS = {
     "numbers dates":                (32, 8, 1e-3),
     "imdb imdb_seq2seq":            (32, 10, 1e-5),

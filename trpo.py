@@ -85,7 +85,7 @@ from rewards import make_metrics, make_rewards, measure, score_texts
 # are PPO's times 3, since ten steps stand in for hundreds. `numbers` and `dates` are set for the small model of
 # supervised.py: a wider trust region, and fewer steps towards the exact solution, which fits the few tokens of a batch
 # too closely.
-TASK_COLUMNS = ("batch_size", "num_iterations", "learning_rate", "delta", "cg_steps", "kl_coef", "target_kl")
+TASK_COLUMNS = "batch_size num_iterations learning_rate delta cg_steps kl_coef target_kl".split()
 TASK_DEFAULTS = {
     "numbers dates":                          (64, 100, 1e-3, 0.3, 5, 0.01, 2.0),
     "imdb imdb_seq2seq":                      (32, 50, 7.5e-6, 0.01, 15, 0.1, 0.1),

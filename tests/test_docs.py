@@ -261,6 +261,15 @@ def test_lora(copy):
     assert moved and all(name.endswith("weight") and ".ln_" not in name and "wte" not in name for name in moved)
 
 
+def test_shared_backbone(copy):
+    """The critic is a head, and what it costs is one layer more."""
+    run_dir = changed(copy, "A shared backbone")
+    state = torch.load(run_dir / "checkpoint" / "latest.pt", weights_only=True)
+    assert list(state["value_model"]) == ["head.weight"] and state["value_model"]["head.weight"].any()
+    (row,) = rows(run_dir / "metrics.jsonl")
+    assert row["losses/value"] > 0 and row["losses/value_grad_norm"] > 0 and row["rollout/sampler_error"] < 1e-5
+
+
 def test_length_penalty(copy):
     (row,) = rows(changed(copy, "A length penalty") / "metrics.jsonl")
     weighted = row["reward/increasing_numbers"] + 0.5 * row["reward/own_rewards.py:length_penalty"]
