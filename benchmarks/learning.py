@@ -4,10 +4,12 @@
 
 trains one supervised model per policy type and seed, then every script from it with its defaults, and prints a table,
 whose tokens are those sampled until the goal. `--jobs` processes run side by side; what is there already is read, not
-repeated. `--picture docs/learning_curve.png` draws PPO's curves.
+repeated. `--picture docs/learning_curve.png` draws PPO's curves. `--changes` runs ppo_causal.py with one thing changed
+at a time instead.
 """
 
 import concurrent.futures
+import functools
 import json
 import os
 import statistics
@@ -31,6 +33,26 @@ class Args:
     eval_every: int = 5  # iterations between evaluations: the resolution of the table
     out: Path = Path("runs/learning")  # where the runs go
     picture: Path | None = None  # draw the scores of ppo_seq2seq.py on val into this file
+    changes: bool = False  # ppo_causal.py with each of CHANGES instead
+
+
+RANDOM_HEAD = {"nn.init.zeros_(self.head.weight)": "pass"}
+ONE_CLIPPING = {
+    "[sum_and_clip_gradients(model, args.max_grad_norm) for model in learning]":
+    "[sum_and_clip_gradients(nn.ModuleList(learning), args.max_grad_norm)] * 2",
+}  # fmt: skip
+# what is changed in ppo_causal.py: flags, and text that others take the place of
+CHANGES = {
+    "none": ({}, {}),
+    "value head at random": ({}, RANDOM_HEAD),
+    "one clipping for policy and critic": ({}, ONE_CLIPPING),
+    "value head at random, one clipping": ({}, RANDOM_HEAD | ONE_CLIPPING),
+    "`--value-warmup-iterations 5`": (dict(value_warmup_iterations=5), {}),
+    "`--clip-coef-high 0.4`": (dict(clip_coef_high=0.4), {}),
+    "`--eos-penalty -1`": (dict(eos_penalty=-1), {}),
+    "`--whiten-rewards`": (dict(whiten_rewards=True), {}),
+    "`--gamma 1`": (dict(gamma=1.0), {}),
+}
 
 
 def rows_of(file):
@@ -49,10 +71,12 @@ def run(script, run_dir, **flags):
         return
     flags = dict(task="numbers", run_dir=run_dir) | flags
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [word for word in words if word != "True"]
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with open(run_dir.with_suffix(".log"), "w") as log:
         command = [sys.executable, ROOT / script, *words, "--resume"]
-        subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
 
 
 def experiment(algorithm, policy_type, seed, args):
@@ -69,6 +93,33 @@ def experiment(algorithm, policy_type, seed, args):
     best, last = max(scores.values()), scores[metrics[-1]["iteration"]]
     ends = f"{scores[0]:.2f} | {cost} | {best:.2f} | {last:.2f} after {metrics[-1]['iteration']}"
     return f"| {script} | {policy_type} | {seed} | {ends} |", last
+
+
+def changed(args, name, seed):
+    """One run of ppo_causal.py with a change: iterations until a batch has the goal, explained variance, last score."""
+    flags, replaced = CHANGES[name]
+    text = (ROOT / "ppo_causal.py").read_text()
+    for old, new in replaced.items():
+        assert old in text, f"ppo_causal.py has no {old!r}"
+        text = text.replace(old, new)
+    run_dir = args.out / "".join(letter if letter.isalnum() else "_" for letter in f"{name}_{seed}")
+    script = run_dir.with_suffix(".py").resolve()
+    script.write_text(text)
+    run(script, run_dir, model=args.out / f"supervised_causal_{seed}" / "model", seed=seed, **flags)
+    rows = rows_of(run_dir / "metrics.jsonl")
+    reached = next((row["iteration"] for row in rows if row["objective/score"] >= args.goal), None)
+    explained = [row["losses/explained_variance"] for row in rows]
+    return reached, explained, scores_of(run_dir, "val")[rows[-1]["iteration"]]
+
+
+def table_of_changes(args, pool):
+    print("| change | rollouts to 0.9 | explained variance, iterations 1, 3, 10 | score on val at the end | lowest |")
+    print("|---|---|---|---|---|")
+    for name in CHANGES:
+        reached, explained, last = zip(*pool.map(functools.partial(changed, args, name), args.seeds), strict=True)
+        at = ", ".join(f"{statistics.mean(run[i - 1] for run in explained):.2f}" for i in (1, 3, 10))
+        shown = ", ".join("-" if n is None else str(n) for n in reached)
+        print(f"| {name} | {shown} | {at} | {statistics.mean(last):.3f} | {min(last):.3f} |", flush=True)
 
 
 def draw(args):
@@ -97,6 +148,8 @@ def main():
         ]
         for start in starts:
             start.result()
+        if args.changes:
+            return table_of_changes(args, pool)
         runs = {
             (algorithm, *kind): pool.submit(experiment, algorithm, *kind, args)
             for algorithm in args.algorithms
