@@ -42,4 +42,4 @@ COPY benchmarks benchmarks/
 COPY docs docs/
 COPY tests tests/
 
-CMD ["python", "-m", "pytest", "-q", "tests"]
+CMD ["python", "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "tests"]

@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -104,30 +105,41 @@ TINY = dict(
 )
 
 
+@functools.cache
+def ports():
+    """Of this process' own, below those that the system gives out: nothing takes one before the run that it is for."""
+    return itertools.count(10000 + os.getpid() % 44 * 500)
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for port in ports():
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):  # nobody listens
+                return port
 
 
-def run_in_child(script, argv, cwd, env, out, err, draw, missing, kill_at, events_file):
+def run_in_child(script, argv, cwd, env, out, err, root, draw, missing, kill_at, events_file):
     """What the forked process does.
 
-    draw: whether it draws curves.png, which takes longer than all else. missing: a module that cannot be imported.
-    kill_at (function, n): it kills itself at the n-th call in that function of the script. events_file: where it
-    leaves the number of calls in each.
+    root: the folder of the script and of the two modules that it imports. draw: whether it draws curves.png, which
+    takes longer than all else. missing: a module that cannot be imported. kill_at (function, n): it kills itself at
+    the n-th call in that function of the script. events_file: where it leaves the number of calls in each.
     """
     if not draw:
         pandas.DataFrame.plot = MagicMock()
     if missing:
         sys.modules[missing] = None
+    if root != ROOT:
+        sys.path.insert(0, str(root))
+        for module in ("datapools", "rewards"):  # those of the preloaded script
+            del sys.modules[module]
     os.environ.update(env)
     os.chdir(cwd)
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), descriptor)
     if "PYTHONIOENCODING" in env:
         sys.stdout.reconfigure(encoding=env["PYTHONIOENCODING"], errors="strict")
-    path = str(ROOT / f"{script}.py")
+    path = str(root / f"{script}.py")
     sys.argv = [path, *argv]
     events = Counter()
 
@@ -177,8 +189,9 @@ class Started:
 
 
 def start(
-    script, argv, cwd, processes=1, env=None, draw=False, missing=None, kill_at=None, kill_rank=0, events_file=None
-):
+    script, argv, cwd, processes=1, env=None, root=ROOT, draw=False, missing=None, kill_at=None, kill_rank=0,
+    events_file=None,
+):  # fmt: skip
     """Starts `python SCRIPT ARGV`, or as many processes of it as torchrun would."""
     env, children, outputs = dict(env or {}), [], []
     if processes > 1:
@@ -189,7 +202,7 @@ def start(
         ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank)) if processes > 1 else {}
         output = (f"{stem}_{rank}.out", f"{stem}_{rank}.err")
         kill, events = (kill_at, events_file) if rank == kill_rank else (None, None)
-        arguments = (script, list(map(str, argv)), str(cwd), env | ranks, *output, draw, missing, kill, events)
+        arguments = (script, list(map(str, argv)), str(cwd), env | ranks, *output, root, draw, missing, kill, events)
         child = context.Process(target=run_in_child, args=arguments)
         child.start()
         children.append(child)

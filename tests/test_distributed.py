@@ -2,11 +2,12 @@
 
 import math
 import os
+import shutil
 import subprocess
 
 import pytest
 import tiny_models
-from script_runs import SCRIPTS, TINY, flags, free_port, predictions, real_command, rows, run_ok, weights
+from script_runs import SCRIPTS, TINY, flags, free_port, predictions, real_command, rows, run, run_ok, weights
 
 SETTINGS = TINY | dict(num_iterations=3, num_epochs=1, eval_every=2, save_every=1, learning_rate=1e-4)
 SCALES = dict(seq2seq=20, causal=100)  # of EOS' embedding: its share of the tokens
@@ -62,16 +63,17 @@ def test_sharded_run_is_the_same_and_resumes(script, kind, texts, digits, soon_e
     assert all((one[name] - two[name]).abs().max() <= 1e-3 for name in one)  # Adam makes steps of rounding errors
 
     if script != "supervised":
+        go("again", processes=2, fsdp=True, num_iterations=2)
+        shutil.copytree(tmp_path / "again", tmp_path / "alone")
         for name, processes, fsdp in (("again", 2, True), ("alone", 1, False)):
-            go(name, processes=2, fsdp=True, num_iterations=2)
             resumed = go(name, processes=processes, fsdp=fsdp, resume=True, num_iterations=3)
             assert_close(rows(whole / "metrics.jsonl"), rows(resumed / "metrics.jsonl"), 1e-4)
 
 
 def test_sharding_needs_torchrun(texts, digits, tmp_path):
     words = flags("ppo_causal", **SETTINGS | dict(task=texts, reward=digits, run_dir=tmp_path / "run", fsdp=True))
-    done = subprocess.run(real_command("ppo_causal", words), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "torchrun" in done.stderr
+    done = run("ppo_causal", words, tmp_path)
+    assert done.code == 2 and len(done.stderr.splitlines()) == 1 and "torchrun" in done.stderr
 
 
 def test_two_machines(texts, digits, tmp_path):

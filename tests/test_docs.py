@@ -225,13 +225,12 @@ def section(title):
 
 
 def run_copy(command, cwd):
-    """Really runs the changed script, once; its flags are its own."""
-    words = shlex.split(command)[1:]
+    """Runs the changed script; its flags are its own."""
+    _, script, *words = shlex.split(command)
     for flag in ("--batch-size", "--num-minibatches", "--update-epochs", "--eval-samples", "--response-length"):
         words += [flag, str(SHORT[flag])]
     words += [] if "--num-iterations" in words else ["--num-iterations", "1"]
-    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ok(script.removesuffix(".py"), words, cwd, root=cwd)
     return cwd / re.search(r"--run-dir (\S+)", command)[1]
 
 

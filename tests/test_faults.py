@@ -47,7 +47,7 @@ def share(generations):
 
 
 def slow(prompts, generations, references, metas):
-    time.sleep(0.4)
+    time.sleep(0.0 if MARK.exists() else 0.4)
     return share(generations)
 
 
@@ -419,6 +419,7 @@ def test_signal_saves_and_ends(number, code, processes, texts, own, tmp_path):
     if number == signal.SIGINT and processes == 2:
         os.kill(started.processes[0].pid, number)  # a terminal sends it to all
     result = started.finish()
+    own.with_name("mark").touch()
     assert result.code == code and "Traceback" not in result.stderr
     last = rows(tmp_path / "run" / "metrics.jsonl")[-1]["iteration"]
     assert last < TINY["num_iterations"] and checkpoint(tmp_path / "run")["iteration"] == last
@@ -461,6 +462,7 @@ def test_two_runs_in_one_folder(texts, own, tmp_path):
     second = run("ppo_seq2seq", [*argv, "--resume"], tmp_path)
     assert_one_line(second, "ppo_seq2seq", 2, ["--run-dir run", "another run"])
     assert started.finish().code == 0
+    own.with_name("mark").touch()
     shutil.move(tmp_path / "run", tmp_path / "first")
     run_ok("ppo_seq2seq", argv, tmp_path)
     assert_same_outcome(tmp_path / "run", tmp_path / "first")

@@ -6,11 +6,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from script_runs import ROOT, run_ok
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 SHORT = "--num-iterations 1 --batch-size 8 --num-minibatches 2 --update-epochs 1 --eval-samples 4".split()
 EPOCH = "--num-epochs 1 --eval-samples 4".split()
@@ -25,9 +24,7 @@ def block(language, with_words):
 def run(command, cwd, *more):
     """A command of the README, its script taken from cwd, with further flags."""
     script, *words = shlex.split(command.strip().removeprefix("python "))
-    done = subprocess.run([sys.executable, script, *words, *more], cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_ok(script.removesuffix(".py"), [*words, *more], cwd, timeout=300, root=cwd, draw=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +40,8 @@ def checkout(tmp_path_factory):
 def test_first_command(checkout):
     *_, sft, ppo = block("bash", "--run-dir runs/ppo").split("&&")
     assert sft.split() == "python supervised.py --task numbers --run-dir runs/sft".split()
-    run(ppo, checkout, *SHORT)
+    really = [sys.executable, *shlex.split(ppo)[1:], *SHORT]
+    subprocess.run(really, cwd=checkout, check=True, timeout=300)
     left = {path.name for path in (checkout / "runs" / "ppo").iterdir()} - {".lock"}
     assert left == {"config.json", "metrics.jsonl", "eval.jsonl", "predictions", "checkpoint", "model", "curves.png"}
     table = TEXT.split("## What a run leaves")[1].split("\n## ")[0]
@@ -68,6 +66,12 @@ def test_reward_model(checkout):
     run(sft, checkout, *EPOCH)
     run(reward_model, checkout, *EPOCH)
     assert "increasing_numbers" in run(ppo.replace("--num-iterations 20", ""), checkout, *SHORT)
+
+
+def test_tests_command():
+    """That of the README is the one of CI."""
+    *_, tests = block("bash", "pytest").strip().split("&&")
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == tests.strip()
 
 
 @pytest.mark.slow

@@ -2,14 +2,10 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import script_runs
 import torch
-from safetensors.torch import load_file
 from tiny_models import LETTERS, SIZES, save_bert
 from transformers import BertConfig, BertModel, BertTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -18,20 +14,13 @@ import reward_model
 import rewards
 import supervised
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--batch-size", 8, "--learning-rate", 1e-2, "--eval-samples", 6, "--save-every", 3]
 
 
-def run(*argv, code=0):
-    command = [sys.executable, str(ROOT / "reward_model.py"), *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
-    assert done.returncode == code, done.stdout + done.stderr
+def run(cwd, *argv, code=0):
+    done = script_runs.run("reward_model", argv, cwd, timeout=120)
+    assert done.code == code, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def logged(run_dir):
-    lines = [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 def predicted(run_dir, iteration):
@@ -98,7 +87,8 @@ def test_model_gives_through_the_rewards_what_training_saw(tmp_path, gpt2):
     rows = [dict(prompt=f"count {i}", chosen="1 2 3 " * (i % 3 + 1), rejected="9 4 " * (i % 4)) for i in range(11)]
     rows.append(dict(prompt="long", chosen="7 8 " * 60, rejected="1"))
     data = write(tmp_path / "pairs", rows)
-    run("--task", data, "--model", gpt2, *SMALL, "--eval-samples", 0, "--num-epochs", 3, "--run-dir", tmp_path / "run")
+    words = ["--model", gpt2, *SMALL, "--eval-samples", 0, "--num-epochs", 3]
+    run(tmp_path, "--task", data, *words, "--run-dir", "run")
     reward = rewards.make_reward("reward_model", "cpu", " ", model=str(tmp_path / "run" / "model"))
     seen = predicted(tmp_path / "run", 6)
     for side in ("chosen", "rejected"):
@@ -120,19 +110,8 @@ def test_classifier_of_an_encoder_through_the_rewards(tmp_path):
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
     rows = [dict(prompt=text * n, label=label) for n in range(1, 6) for text, label in (("a", "no"), ("z", "yes"))]
     data = write(tmp_path / "labels", rows)
-    run(
-        "--task",
-        data,
-        "--model",
-        folder,
-        *SMALL,
-        "--eval-samples",
-        0,
-        "--num-epochs",
-        15,
-        "--run-dir",
-        tmp_path / "run",
-    )
+    words = ["--model", folder, *SMALL, "--eval-samples", 0, "--num-epochs", 15]
+    run(tmp_path, "--task", data, *words, "--run-dir", "run")
     last = [json.loads(line) for line in open(tmp_path / "run" / "eval.jsonl")][-1]
     assert last["accuracy"] == 1.0 and last["margin"] > 0
     reward = rewards.make_reward(
@@ -146,12 +125,13 @@ def test_classifier_of_an_encoder_through_the_rewards(tmp_path):
 def test_resumed_is_as_if_it_had_gone_on(tmp_path, gpt2):
     rows = [dict(prompt=f"count {i}", chosen="1 2 3 " * (i % 3 + 1), rejected="9 4 " * (i % 4)) for i in range(20)]
     common = ["--task", write(tmp_path / "pairs", rows), "--model", gpt2, *SMALL, "--no-anneal-lr"]
-    run(*common, "--num-epochs", 2, "--run-dir", tmp_path / "whole")
-    run(*common, "--num-epochs", 1, "--run-dir", tmp_path / "parts")
-    assert "--num-epochs 1 -> 2" in run("--run-dir", tmp_path / "parts", "--resume", "--num-epochs", 2)
-    assert logged(tmp_path / "whole") == logged(tmp_path / "parts") and len(logged(tmp_path / "whole")) == 6
-    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    run(tmp_path, *common, "--num-epochs", 2, "--run-dir", "whole")
+    run(tmp_path, *common, "--num-epochs", 1, "--run-dir", "parts")
+    assert "--num-epochs 1 -> 2" in run(tmp_path, "--run-dir", "parts", "--resume", "--num-epochs", 2)
+    whole, parts = (script_runs.rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert whole == parts and len(whole) == 6
+    one, two = (script_runs.weights(tmp_path / name) for name in ("whole", "parts"))
+    assert script_runs.same(one, two)
 
 
 @pytest.mark.parametrize(
@@ -164,5 +144,5 @@ def test_resumed_is_as_if_it_had_gone_on(tmp_path, gpt2):
 )
 def test_what_is_wrong_is_one_line(tmp_path, gpt2, rows, message):
     data = write(tmp_path / "data", rows)
-    out = run("--task", data, "--model", gpt2, "--run-dir", tmp_path / "run", code=2)
+    out = run(tmp_path, "--task", data, "--model", gpt2, "--run-dir", "run", code=2)
     assert message in out and len(out.strip().splitlines()) == 1

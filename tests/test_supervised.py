@@ -1,46 +1,30 @@
 """supervised.py: what is learned of a reference, what is not, and runs that go on as if nothing had happened."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import script_runs
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from script_runs import same, weights
 from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import datapools
 import supervised
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = "--scratch-vocab-size 280 --scratch-width 16 --scratch-layers 1 --scratch-heads 2 --prompt-length 12".split()
 TINY += "--response-length 8 --eval-samples 3 --batch-size 8 --metrics rouge --model scratch".split()
 
 
-def run(*argv, processes=0, script="supervised", code=0):
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(ROOT / f"{script}.py"), *map(str, argv)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == code, done.stdout + done.stderr
+def run(cwd, *argv, processes=1, code=0):
+    done = script_runs.run("supervised", argv, cwd, timeout=120, processes=processes)
+    assert done.code == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def losses(run_dir):
-    lines = [json.loads(line) for line in open(run_dir / "metrics.jsonl")]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-
-
-def same_weights(one, two):
-    one, two = (load_file(Path(run_dir) / "model" / "model.safetensors") for run_dir in (one, two))
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    return script_runs.rows(run_dir / "metrics.jsonl")
 
 
 def tokenizer_of(samples=None, seq2seq=True):
@@ -117,7 +101,7 @@ def test_the_logged_loss_is_the_mean_over_response_tokens(tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--task", tmp_path, *TINY, "--policy-type", "causal", "--response-length", 32]
-    run(*common, "--num-epochs", 1, "--learning-rate", 1e-30, "--run-dir", tmp_path / "run")  # as good as not moving
+    run(tmp_path, *common, "--num-epochs", 1, "--learning-rate", 1e-30, "--run-dir", "run")  # as good as not moving
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "run" / "model").eval()
     tokenizer = datapools.load_tokenizer(str(tmp_path / "run" / "model"))
     nll, tokens = 0.0, 0
@@ -141,7 +125,7 @@ def test_a_model_whose_loss_sees_the_answer_is_refused(tmp_path, texts):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         words = ["--task", texts, *TINY, "--model", folder, "--num-epochs", 0]
-        out = run(*words, "--run-dir", tmp_path / f"run_{is_decoder}", code=code)
+        out = run(tmp_path, *words, "--run-dir", f"run_{is_decoder}", code=code)
         if not is_decoder:
             assert "bert does not fit this script" in out and "Traceback" not in out
 
@@ -172,20 +156,20 @@ def test_the_tokenizer_reads_a_bounded_sample():
 @pytest.mark.parametrize("policy_type", ["seq2seq", "causal"])
 def test_resumed_is_as_if_it_had_gone_on(tmp_path, texts, policy_type):
     common = ["--task", texts, *TINY, "--policy-type", policy_type, "--save-every", 2]
-    run(*common, "--num-epochs", 2, "--run-dir", tmp_path / "whole")
-    run(*common, "--num-epochs", 1, "--run-dir", tmp_path / "parts")
-    out = run("--run-dir", tmp_path / "parts", "--resume", "--num-epochs", 2)
+    run(tmp_path, *common, "--num-epochs", 2, "--run-dir", "whole")
+    run(tmp_path, *common, "--num-epochs", 1, "--run-dir", "parts")
+    out = run(tmp_path, "--run-dir", "parts", "--resume", "--num-epochs", 2)
     assert "--num-epochs 1 -> 2" in out
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert len(losses(tmp_path / "whole")) == 6
-    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 def test_two_processes_learn_the_same(tmp_path, texts):
     """One tokenizer, the same gradients: equal but for the order of float32 sums."""
     common = ["--task", texts, *TINY, "--policy-type", "causal", "--num-epochs", 1]
-    run(*common, "--run-dir", tmp_path / "one")
-    run(*common, "--run-dir", tmp_path / "two", "--micro-batch-size", 3, processes=2)
+    run(tmp_path, *common, "--run-dir", "one")
+    run(tmp_path, *common, "--run-dir", "two", "--micro-batch-size", 3, processes=2)
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
     evals = [(tmp_path / name / "eval.jsonl").read_text().splitlines()[:2] for name in ("one", "two")]
@@ -198,10 +182,8 @@ def test_what_is_wrong_is_one_line(tmp_path, texts):
         (["--num-epochs", -1], "--num-epochs"),
         (["--min-response-length", 9], "at most --response-length 8"),
     ]:
-        out = run("--task", texts, *TINY, *words, "--run-dir", tmp_path / "none", code=2)
+        out = run(tmp_path, "--task", texts, *TINY, *words, "--run-dir", "none", code=2)
         assert message in out and len(out.strip().splitlines()) == 1
     (tmp_path / "bare.jsonl").write_text("".join(json.dumps({"prompt": "a b"}) + "\n" for _ in range(20)))
-    out = run(
-        "--task", tmp_path / "bare.jsonl", *TINY, "--metrics", "diversity", "--run-dir", tmp_path / "none", code=2
-    )
-    assert "no references to learn from" in out
+    bare = ["--task", "bare.jsonl", *TINY, "--metrics", "diversity", "--run-dir", "none"]
+    assert "no references to learn from" in run(tmp_path, *bare, code=2)
