@@ -237,7 +237,7 @@ def main():
 
         # 2. score the texts, while a thread makes the passes of step 3
         passes = thread.submit(rollout_passes, policy, reference, value_model, batch, behaviour, autocast, args)
-        scores, reward_means = score_texts(reward_functions, args.reward_weights, samples, generations, token_ids)
+        scores, means = score_texts(reward_functions, args.reward_weights, samples, generations, token_ids, iteration)
         scores = F.pad(scores, (0, T - scores.shape[1])).to(device)  # (B, T)
         if args.eos_penalty is not None:
             scores = torch.where(finished.unsqueeze(1), scores, F.one_hot(mask.sum(1) - 1, T) * args.eos_penalty)
@@ -324,7 +324,7 @@ def main():
             "objective/kl_coef": penalty,
             "objective/entropy": total(entropy.sum()) / tokens,
             "objective/rlhf_reward": score - penalty * mean_kl * tokens / args.batch_size,
-            **{f"reward/{name}": total(mean * B) / args.batch_size for name, mean in reward_means.items()},
+            **{f"reward/{name}": total(mean * B) / args.batch_size for name, mean in means.items()},
             **dict(zip(UPDATE_FIGURES, (x / sums[-1] for x in sums[:-1]), strict=True)),
             "losses/explained_variance": 1 - float(unexplained / variance.clamp(min=1e-12)),
             "losses/grad_norm": norms[0] if not warming_up else 0.0,

@@ -144,6 +144,8 @@ def main():
     if iteration == 0:
         evaluate_scores("val", val, 0, *evaluation)
         evaluate_scores("test", test, 0, *evaluation)
+    else:
+        save_model(run_dir, model.backbone, tokenizer, rank)  # a kill may have come between a checkpoint and its model
 
     progress = tqdm(total=num_iterations, initial=iteration, disable=rank > 0 or not sys.stderr.isatty())
     while iteration < num_iterations:

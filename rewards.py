@@ -11,6 +11,7 @@ or METRICS at the end of this file; or leave this file alone and pass `path/to/f
 expected. What each one measures, its options, range and cost: docs/rewards.md.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -82,23 +83,36 @@ class BadReturn(ValueError):
     """A reward or metric returned something else than it must."""
 
 
-def score_texts(reward_functions, weights, samples, generations, token_ids):
+def score_texts(reward_functions, weights, samples, generations, token_ids, iteration):
     """The weighted rewards as rewards of tokens, (B, longest response) float32, and {reward: mean over the samples}.
 
     token_ids: the ids of each response, EOS included. A sample's number goes to its last token; a list has a number for
-    each of its tokens, and counts in the mean with its sum. ValueError for anything else that a reward returns.
+    each of its tokens, and counts in the mean with its sum. BadReturn for anything else that a reward returns; what is
+    raised gets a note of the iteration, which is 0 before the run.
     """
     lengths = [len(ids) for ids in token_ids]
     token_scores, means = torch.zeros(len(samples), max(lengths)), {}
-    for (name, reward), weight in zip(reward_functions.items(), weights, strict=True):
-        values = as_tensors(name, call(name, reward, samples, generations, token_ids), samples, lengths)
-        for i, value in enumerate(values):
-            if not value.float().isfinite().all():
-                raise BadReturn(f"{name} returned {value.tolist()!r:.60} for sample {samples[i].id}: must be finite")
-            where = slice(0, lengths[i]) if value.ndim else lengths[i] - 1
-            token_scores[i, where] += (weight * value).float()
-        means[name] = sum(value.sum().item() for value in values) / len(values)
+    with noted(lambda: f"in iteration {iteration}" if iteration else "before the run, with references as generations"):
+        for (name, reward), weight in zip(reward_functions.items(), weights, strict=True):
+            values = as_tensors(name, call(name, reward, samples, generations, token_ids), samples, lengths)
+            for i, value in enumerate(values):
+                if not value.float().isfinite().all():
+                    got = f"{value.tolist()!r:.60} for sample {samples[i].id}"
+                    raise BadReturn(f"{name} returned {got}: must be finite")
+                where = slice(0, lengths[i]) if value.ndim else lengths[i] - 1
+                token_scores[i, where] += (weight * value).float()
+            means[name] = sum(value.sum().item() for value in values) / len(values)
     return token_scores, means
+
+
+@contextlib.contextmanager
+def noted(describe: Callable[[], str]):
+    """What is raised within goes on its way with a note."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(describe())
+        raise
 
 
 def measure(metrics, samples, generations, model, tokenizer):
@@ -166,21 +180,19 @@ def call(name, scorer, samples, generations, token_ids=None, **others):
         texts = [clean(generations[i]) for i in indices]
         return scorer(prompts, texts, list(clean_references(chosen)), [s.meta for s in chosen], **given)
 
-    try:
-        return ask(range(len(samples)))
-    except Exception as error:
-        where = f"of the samples {', '.join(str(s.id) for s in samples[:5])}{', ...' if len(samples) > 5 else ''}"
+    def who() -> str:
         deadline = time.monotonic() + 5
         for i in range(len(samples)):
             if time.monotonic() > deadline:
                 break
-            try:
+            with contextlib.suppress(Exception):  # it is being raised already: this only tells which sample it is
                 ask([i])
-            except Exception:
-                where = f"of the sample {samples[i].id}, whose generation is {generations[i]!r:.200}"
-                break
-        error.add_note(f"raised by {name} {where}")
-        raise
+                continue
+            return f"raised by {name} of the sample {samples[i].id}, whose generation is {generations[i]!r:.200}"
+        return f"raised by {name} of the samples {', '.join(s.id for s in samples[:5])}{', ...' * (len(samples) > 5)}"
+
+    with noted(who):
+        return ask(range(len(samples)))
 
 
 def as_tensors(name, values, samples, lengths=None) -> list[torch.Tensor]:
@@ -1652,7 +1664,7 @@ def make_rewards(names, typed, defaults, samples, tokenizer, device, separator) 
             rewards[name].prepare(clean_references(samples))
         try:
             texts = trial_texts(few)
-            score_texts({name: rewards[name]}, [1.0], few, texts, response_ids(texts, tokenizer))
+            score_texts({name: rewards[name]}, [1.0], few, texts, response_ids(texts, tokenizer), 0)
         except BadReturn as error:
             raise UsageError(f"reward {error}") from None
     return rewards
@@ -1666,11 +1678,14 @@ def make_metrics(names, typed, defaults, samples, tokenizer, device, separator) 
     few = list(islice(samples, 4))
     for name, options in checked_options("metric", names, typed, defaults, samples).items():
         metric = metrics[name] = make_metric(name, device, separator, **options)
-        if {"model", "tokenizer"} & {*inspect.signature(metric).parameters}:
+        if "model" in inspect.signature(metric).parameters:
             continue  # a metric of the policy, which is not there yet
         texts = trial_texts(few)
-        if is_own(name) and not isinstance(call(name, metric, few, texts, response_ids(texts, tokenizer)), dict):
-            metrics[name] = mean_of(name.rpartition(":")[2], metric)
+        if is_own(name):
+            with noted(lambda: "before the run, with references as generations"):
+                found = call(name, metric, few, texts, response_ids(texts, tokenizer), tokenizer=tokenizer)
+            if not isinstance(found, dict):
+                metrics[name] = mean_of(name.rpartition(":")[2], metric)
         try:
             measure({name: metrics[name]}, few, texts, None, tokenizer)
         except BadReturn as error:

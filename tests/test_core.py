@@ -534,7 +534,7 @@ def test_scores_go_to_the_last_token_and_lists_to_each():
         return [[0.5], [1.0, 2.0, 3.0, 4.0], [0.0, 1.0]]
 
     generations, token_ids = ["a", "b", "c"], [[5], [5] * 4, [5] * 2]
-    scores, means = score_texts({"n": number, "t": tokens}, (2.0, 10.0), samples_of(3), generations, token_ids)
+    scores, means = score_texts({"n": number, "t": tokens}, (2.0, 10.0), samples_of(3), generations, token_ids, 3)
     expected = [[2 + 5.0, 0, 0, 0], [10, 20, 30, 40 + 4.0], [0, 10 + 6.0, 0, 0]]
     assert torch.allclose(scores, torch.tensor(expected)) and scores.dtype == torch.float32
     assert means["n"] == 2.0 and math.isclose(means["t"], (0.5 + 10 + 1) / 3)
@@ -559,7 +559,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize("values, told", BAD_VALUES, ids=[str(case[0]) for case in BAD_VALUES])
 def test_what_is_no_score_is_told_by_sample(values, told):
     with pytest.raises(ValueError) as caught:
-        score_texts({"own": lambda *texts: values}, (1.0,), samples_of(2), ["a", "b"], [[1] * 3] * 2)
+        score_texts({"own": lambda *texts: values}, (1.0,), samples_of(2), ["a", "b"], [[1] * 3] * 2, 3)
     assert told in str(caught.value) and "own" in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import script_runs
@@ -127,6 +128,9 @@ def test_resumed_is_as_if_it_had_gone_on(tmp_path, gpt2):
     common = ["--task", write(tmp_path / "pairs", rows), "--model", gpt2, *SMALL, "--no-anneal-lr"]
     run(tmp_path, *common, "--num-epochs", 2, "--run-dir", "whole")
     run(tmp_path, *common, "--num-epochs", 1, "--run-dir", "parts")
+    shutil.rmtree(tmp_path / "parts" / "model")  # as if killed between the checkpoint and its model
+    run(tmp_path, "--run-dir", "parts", "--resume")
+    assert (tmp_path / "parts" / "model" / "model.safetensors").exists()
     assert "--num-epochs 1 -> 2" in run(tmp_path, "--run-dir", "parts", "--resume", "--num-epochs", 2)
     whole, parts = (script_runs.rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     assert whole == parts and len(whole) == 6

@@ -505,7 +505,7 @@ def constant(value):
     "make", [list, np.array, torch.tensor, lambda x: torch.tensor(x, requires_grad=True).bfloat16()]
 )
 def test_a_number_goes_to_the_last_token(make):
-    scores, means = score_texts({"a": constant(make([1.0, 2, 3, 4, 5, 6, 7]))}, [0.5], ROWS, GENERATIONS, IDS)
+    scores, means = score_texts({"a": constant(make([1.0, 2, 3, 4, 5, 6, 7]))}, [0.5], ROWS, GENERATIONS, IDS, 3)
     assert scores.dtype == torch.float32 and scores.shape == (7, 4) and not scores.requires_grad
     expected = torch.zeros(7, 4)
     for i, ids in enumerate(IDS):
@@ -524,7 +524,7 @@ def test_a_list_goes_to_the_tokens():
     as_tensor.__signature__ = inspect.signature(numbered)
     rows = lambda token_ids: [[float(place + 1) for place in range(len(ids))] for ids in token_ids]  # noqa: E731
     for reward in (numbered, as_tensor):
-        scores, means = score_texts({"t": reward, "n": constant([1.0] * 7)}, [2.0, 1.0], ROWS, GENERATIONS, IDS)
+        scores, means = score_texts({"t": reward, "n": constant([1.0] * 7)}, [2.0, 1.0], ROWS, GENERATIONS, IDS, 3)
         assert scores[1].tolist() == [2, 4, 6, 9] and scores[2].tolist() == [3, 0, 0, 0]
         assert means["t"] == pytest.approx((3 + 10 + 1 + 3 + 3 + 6 + 3) / 7) and means["n"] == 1.0
 
@@ -548,8 +548,8 @@ def test_a_list_goes_to_the_tokens():
     ],
 )
 def test_what_a_reward_must_not_return(value, words):
-    with pytest.raises(ValueError, match=f"(?s)^own .*{words}"):
-        score_texts({"own": constant(value)}, [1.0], ROWS, GENERATIONS, IDS)
+    with pytest.raises(ValueError, match=f"(?s)^own .*{words}.*\nin iteration 3"):
+        score_texts({"own": constant(value)}, [1.0], ROWS, GENERATIONS, IDS, 3)
 
 
 def test_a_reward_that_fails_names_the_sample():
@@ -558,16 +558,17 @@ def test_a_reward_that_fails_names_the_sample():
         return [1 / (meta["gold"] - 4) for meta in metas]
 
     with pytest.raises(ZeroDivisionError) as error:
-        score_texts({"own": fails}, [1.0], ROWS, GENERATIONS, IDS)
-    assert error.value.__notes__ == [f"raised by own of the sample s4, whose generation is {GENERATIONS[4]!r}"]
+        score_texts({"own": fails}, [1.0], ROWS, GENERATIONS, IDS, 3)
+    said = f"raised by own of the sample s4, whose generation is {GENERATIONS[4]!r}"
+    assert error.value.__notes__ == [said, "in iteration 3"]
     assert error.traceback[-1].name == "<listcomp>" or error.traceback[-1].name == "fails"
 
     def fails_together(prompts, generations, references, metas):
         return [1 / (len(metas) - 7)]
 
     with pytest.raises(ZeroDivisionError) as error:
-        score_texts({"own": fails_together}, [1.0], ROWS, GENERATIONS, IDS)
-    assert error.value.__notes__ == ["raised by own of the samples s0, s1, s2, s3, s4, ..."]
+        score_texts({"own": fails_together}, [1.0], ROWS, GENERATIONS, IDS, 3)
+    assert error.value.__notes__ == ["raised by own of the samples s0, s1, s2, s3, s4, ...", "in iteration 3"]
 
 
 def test_metrics_become_figures(tmp_path):
@@ -578,6 +579,8 @@ def test_metrics_become_figures(tmp_path):
         "    return {'odd': (values, np.float32('inf')), 'n': (None, len(metas))}\n"
         "def short(prompts, generations, references, metas):\n"
         "    return {'short': ([1.0], 1.0)}\n"
+        "def tokens(prompts, generations, references, metas, tokenizer):\n"
+        "    return [len(tokenizer(text).input_ids) for text in generations]\n"
         "def knows(prompts, generations, references, metas, model, tokenizer):\n"
         "    return {'model': (None, model + len(tokenizer('a b').input_ids))}\n"
         "def nan(prompts, generations, references, metas):\n"
@@ -585,13 +588,14 @@ def test_metrics_become_figures(tmp_path):
         "def share(prompts, generations, references, metas, token_ids):\n"
         "    return [[0.5] * len(ids) for ids in token_ids]\n"
     )
-    names = [f"{tmp_path / 'figures.py'}:{name}" for name in ("odd", "knows", "nan", "share")]
+    names = [f"{tmp_path / 'figures.py'}:{name}" for name in ("odd", "knows", "nan", "share", "tokens")]
     metrics = metrics_of(*names, "bleu", "rouge_combined", "diversity", samples=ROWS)
     assert list(metrics) == [*names, "bleu", "rouge_combined", "diversity"]
     row, per_sample = measure(metrics, ROWS, GENERATIONS, 40, tokenizer)
     json.dumps([row, per_sample], allow_nan=False)
     assert row["odd"] is None and row["n"] == 7.0 and row["nan"] is None and row["model"] == 45.0
     assert per_sample["odd"] == [None] + [1.5] * 6 and per_sample["nan"] == [None] + [1.0] * 6
+    assert per_sample["tokens"] == [2 * len(text.split()) + 1 for text in GENERATIONS]  # a reward with the tokenizer
     assert per_sample["share"] == [len(text.split()) for text in GENERATIONS]  # half a point for each of two tokens
     assert row["bleu"] == make_metric("bleu")(*columns_of(ROWS, GENERATIONS))["bleu"][1]
     assert per_sample["rouge_combined"] == make_reward("rouge_combined")(*columns_of(ROWS, GENERATIONS))
@@ -749,7 +753,7 @@ def test_ones_own_file_is_imported_as_python_would(tmp_path, modules):
     rewards = rewards_of(*names, samples=ROWS)
     metrics = metrics_of(*names, samples=ROWS)
     assert sys.modules["own_of_mine"].in_time is rewards[names[1]]
-    _, means = score_texts(rewards, [1.0, 1.0], ROWS, GENERATIONS, IDS)
+    _, means = score_texts(rewards, [1.0, 1.0], ROWS, GENERATIONS, IDS, 3)
     expected = 2 * np.mean([len(text) for text in GENERATIONS])
     assert means == {name: pytest.approx(expected) for name in names}
     assert measure(metrics, ROWS, GENERATIONS, None, tokenizer)[0]["in_time"] == pytest.approx(expected)
@@ -1007,7 +1011,11 @@ def test_a_chat_is_a_text_to_those_that_do_not_read_messages(tmp_path, modules):
     samples = [Sample("s", CHAT, ["hello"], {})]
     names = [f"{tmp_path}/chat_of_mine.py:{name}" for name in ("texts", "messages")]
     rewards = rewards_of(*names, "rouge1", samples=samples, **{f"{names[1]}.scale": "3"})
-    assert score_texts(rewards, [1] * 3, samples, ["hello"], [[1]])[1] == {names[0]: 1.0, names[1]: 3.0, "rouge1": 1.0}
+    assert score_texts(rewards, [1] * 3, samples, ["hello"], [[1]], 3)[1] == {
+        names[0]: 1.0,
+        names[1]: 3.0,
+        "rouge1": 1.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -1056,6 +1064,6 @@ def test_the_examples_of_the_documentation(tmp_path, modules):
     (tmp_path / "documented.py").write_text("".join(re.findall("```python\n(.*?)```", DOCS, re.DOTALL)))
     names = [f"{tmp_path}/documented.py:{name}" for name in ("brevity", "no_repetition")]
     made = rewards_of(*names, samples=ROWS, **{f"{names[0]}.words": "6"})
-    scores, means = score_texts(made, [1.0, 1.0], ROWS[:2], ["one two", "one " * 12], [[4, 4, 4, 1], [3, 1]])
+    scores, means = score_texts(made, [1.0, 1.0], ROWS[:2], ["one two", "one " * 12], [[4, 4, 4, 1], [3, 1]], 3)
     assert scores.tolist() == [[0, -1, -1, 1], [0, 0.5, 0, 0]]
     assert means == {names[0]: 0.75, names[1]: -1.0}

@@ -202,7 +202,7 @@ def test_reward_model_of_chats(folder, tmp_path):
     samples = [Sample("s", chat, ["hi"], {})]
     for folder_of, text in ((tmp_path, None), (folder / "one", "be kind\nhello hi")):
         rewards = make_rewards(("reward_model",), {"model": str(folder_of)}, {}, samples, byte_tokenizer, "cpu", " ")
-        _, means = score_texts(rewards, [1.0], samples, ["hi"], [[1]])
+        _, means = score_texts(rewards, [1.0], samples, ["hi"], [[1]], 3)
         wanted = got[1] if text is None else logits_one_by_one(str(folder_of), [text])[0, 0].item()
         assert means["reward_model"] == pytest.approx(wanted, abs=1e-5)
 
