@@ -650,6 +650,7 @@ def load_crd3(split, data=None, max_context: int = 5) -> Split:
             turns = json.loads(file.read_text(encoding="utf-8"))["TURNS"]
             said["name"] += [turn["NAMES"][0] for turn in turns]
             said["text"] += [" ".join(turn["UTTERANCES"]) for turn in turns]
+            "".join(said["name"][first:] + said["text"][first:]).encode()  # fails at half a character
         except (ValueError, LookupError, TypeError) as error:
             raise UsageError(f"{file} has no TURNS with NAMES and UTTERANCES ({error!r})") from None
         samples += [(g, first, row) for row in range(first + 2, len(said["name"]))]
@@ -886,12 +887,16 @@ def prompt_text(tokenizer, prompt: str | list[dict]) -> str:
         return prompt
     if tokenizer.chat_template is None:
         raise UsageError("the prompts are messages, and the model's tokenizer has no chat template; take a chat model")
+    return chat_text(tokenizer, prompt, add_generation_prompt=True)
+
+
+def chat_text(tokenizer, messages: list[dict], **options) -> str:
+    """The messages as the tokenizer's chat template writes them; UsageError if it does not take them."""
     try:
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except jinja2.TemplateError as error:
-        raise UsageError(
-            f"the tokenizer's chat template does not take these messages ({error}): {prompt!r:.200}"
-        ) from None
+        where = f"the tokenizer's chat template does not take these messages ({error})"
+        raise UsageError(f"{where}: {messages!r:.200}") from None
 
 
 def encode_prompts(tokenizer, prompts, max_length: int, truncation_side: str, seq2seq: bool) -> list[list[int]]:

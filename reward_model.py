@@ -61,7 +61,7 @@ from transformers import AutoModelForSequenceClassification
 
 import datapools
 from datapools import LOADING_ERRORS, UsageError
-from rewards import as_text, clean, increasing_numbers, join, max_tokens
+from rewards import as_text, increasing_numbers, judged_text, max_tokens
 
 # `numbers` are pairs of synthetic texts for the small model of supervised.py; else, one pass at 1e-5 (InstructGPT).
 TASK_COLUMNS = "batch_size num_epochs learning_rate".split()
@@ -280,11 +280,7 @@ def texts_of(sample, labels, tokenizer, separator):
     texts = sample.meta.get("chosen"), sample.meta.get("rejected")
     if not all(isinstance(text, str) for text in texts):
         raise UsageError(f"sample {sample.id}: chosen and rejected must be texts, not {texts!s:.200}")
-    if tokenizer.chat_template is None:
-        return tuple(join(as_text(sample.prompt), text, separator) for text in texts)
-    messages = [{"role": "user", "content": sample.prompt}] if isinstance(sample.prompt, str) else sample.prompt
-    answers = ([*messages, {"role": "assistant", "content": text.lstrip()}] for text in texts)
-    return tuple(clean(tokenizer.apply_chat_template(answer, tokenize=False)) for answer in answers)
+    return tuple(judged_text(tokenizer, sample.prompt, text, separator) for text in texts)
 
 
 def label_ids(samples, labels, device):

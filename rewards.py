@@ -65,6 +65,8 @@ from datapools import (
     LOADING_ERRORS,
     UsageError,
     answers,
+    chat_text,
+    check_positive,
     nearest,
     offline_if_unreachable,
     parse_kwargs,
@@ -314,7 +316,7 @@ def dates():
 # ---------------------------------------------------------------------------------------------------------------------
 # Porter's stemmer takes half of rouge-score's time and a text's words come again and again, as do the references.
 porter = SimpleNamespace(stem=lru_cache(maxsize=1 << 18)(PorterStemmer().stem))
-WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Javanese}"
 UNICODE_WORD = regex.compile(rf"[{WITHOUT_SPACES}]\p{{M}}*|[[\p{{L}}\p{{N}}\p{{M}}]--[{WITHOUT_SPACES}]]+", regex.V1)
 
 
@@ -994,8 +996,6 @@ def missing_concepts(generation: str, concepts: list[str]) -> int:
 def load_pretrained(auto_class, name: str, device: str, reward: str, max_length=None, **tokenizer_options):
     """Tokenizer and model (in eval mode, on the device) by hub name or path, and how many tokens it is to read: those
     that it has positions for, or max_length, if less."""
-    if max_length is not None and max_length < 1:
-        raise UsageError(f"{reward}: max_length must be at least 1 token, not {max_length}")
     if not Path(name).exists():
         offline_if_unreachable()
     try:
@@ -1009,6 +1009,8 @@ def load_pretrained(auto_class, name: str, device: str, reward: str, max_length=
         raise UsageError(f"{reward}: the model {name!r} has no weights for {missing}: it was not trained for this")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UsageError(f"{reward}: the tokenizer of {name!r} has no token for padding, and none for the end")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     length = max_tokens(tokenizer, model.config)
@@ -1133,27 +1135,30 @@ def reward_model(
     tokenizer, scorer, length = load_pretrained(
         AutoModelForSequenceClassification, model, device, "reward_model", max_length, truncation_side="left"
     )
-    chat = tokenizer.chat_template is not None
     if scorer.config.num_labels != 1:
         labels = ", ".join(map(str, scorer.config.id2label.values()))
         raise UsageError(f"reward_model: {model!r} has the labels {labels}, not one output; take classifier for it")
     if clip is not None and not clip > 0:
         raise UsageError(f"reward_model: clip must be above 0, not {clip}")
 
-    def as_chat(prompt, generation):
-        # A causal policy's response begins with the space that joins it to a prompt; a message does not.
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        messages = [*messages, {"role": "assistant", "content": generation.lstrip()}]
-        return clean(tokenizer.apply_chat_template(messages, tokenize=False))
-
     def reward(prompts, generations, references, metas):
         pairs = zip(prompts, generations, strict=True)
-        texts = [as_chat(*pair) if chat else join(as_text(pair[0]), pair[1], separator) for pair in pairs]
-        scores = classify(scorer, tokenizer, length, batch_size, texts, special=not chat)[:, 0] - center
+        texts = [judged_text(tokenizer, *pair, separator) for pair in pairs]
+        special = tokenizer.chat_template is None
+        scores = classify(scorer, tokenizer, length, batch_size, texts, special=special)[:, 0] - center
         return (scores if clip is None else scores.clamp(-clip, clip)).tolist()
 
     reward.reads_messages = True
     return reward
+
+
+def judged_text(tokenizer, prompt: str | list[dict], generation: str, separator: str) -> str:
+    """Prompt and response as a reward model reads them: by its chat template, or as one text if it has none."""
+    if tokenizer.chat_template is None:
+        return join(as_text(prompt), generation, separator)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    # A causal policy's response begins with the space that joins it to a prompt; a message does not.
+    return clean(chat_text(tokenizer, [*messages, {"role": "assistant", "content": generation.lstrip()}]))
 
 
 INTENT_CLASSIFIER = "rajkumarrrk/roberta-daily-dialog-intent-classifier"
@@ -1212,6 +1217,8 @@ def best_of_references(score_pairs: Callable, generations, references) -> list[f
 def bleurt(device: str, model: str = "Elron/bleurt-base-128", batch_size: int = 64):
     """BLEURT, best of the references: the regression head of a sequence classifier. About [-2, 1.5], unbounded."""
     tokenizer, scorer, length = load_pretrained(AutoModelForSequenceClassification, model, device, "bleurt")
+    if scorer.config.num_labels != 1:
+        raise UsageError(f"bleurt: {model!r} has {scorer.config.num_labels} labels, not one output")
 
     def score_pairs(texts, references):
         return classify(scorer, tokenizer, length, batch_size, references, texts)[:, 0].tolist()
@@ -1575,14 +1582,16 @@ class Entry:
     needs: tuple[str, ...] | Callable = ()
 
 
+COUNTS = {"batch_size", "max_length", "min_tokens", "stride", "window_size"}  # options that are at least 1
 REFERENCES = ("references",)
 LATIN = (*REFERENCES, "latin")  # sees the letters a to z and digits
 SPACED = (*REFERENCES, "spaced")  # sees words between spaces
+WORDED = (*REFERENCES, "worded")  # sees the letters and digits of any language
 
 
 def needs_of_tokens(options: dict) -> tuple[str, ...]:
     """Of a reward with a `tokenize` of its own; these do not part what is written without spaces, the others do."""
-    return {"rouge": LATIN, **dict.fromkeys((None, "spacy", "13a", "intl", "none"), SPACED)}.get(
+    return {"rouge": LATIN, "unicode": WORDED, **dict.fromkeys((None, "spacy", "13a", "intl", "none"), SPACED)}.get(
         options.get("tokenize"), REFERENCES
     )
 
@@ -1728,6 +1737,7 @@ def make(kind: str, table: dict[str, Entry], name: str, options: dict, **given):
         raise UsageError(f"unknown {kind} {name!r}{nearest(name, table)}; known are: {', '.join(sorted(table))}{own}")
     maker = table[name].make
     check_options(name, maker, options, hidden=given)
+    check_positive(**{key: options[key] for key in COUNTS & options.keys()})
     wanted = inspect.signature(maker).parameters
     return maker(**options, **{key: value for key, value in given.items() if key in wanted})
 
@@ -1815,7 +1825,7 @@ def checked_options(kind: str, names, typed, defaults, samples) -> dict[str, dic
             raise UsageError(f"{kind} {name!r} is named twice")
         entry = (REWARDS | METRICS if kind == "metric" else REWARDS).get(name, Entry(None))
         for need in entry.needs(options[name]) if callable(entry.needs) else entry.needs:
-            if need in ("latin", "spaced"):
+            if need in ("latin", "spaced", "worded"):
                 check_script(f"{kind} {name!r}", need, looked_at)
                 continue
             for sample in looked_at:
@@ -1888,9 +1898,11 @@ def check_script(who: str, need: str, samples) -> None:
     letters = sum(map(str.isalnum, text))
     if need == "latin":
         seen, what = sum(c.isascii() and c.isalnum() for c in text), "the letters a to z and digits only"
-    else:
+    elif need == "spaced":
         seen, what = letters - len(regex.findall(f"[{WITHOUT_SPACES}]", text)), "words between spaces"
-    if text.strip() and 2 * seen <= letters and (letters or need == "latin"):
+    else:
+        seen, what = letters, "letters and digits only"
+    if text.strip() and 2 * seen <= letters and (letters or need != "spaced"):
         ways_out = (
             "chrf, sacrebleu with tokenize zh, ja-mecab, ko-mecab or char, rouge1 and its kin with tokenize unicode"
         )

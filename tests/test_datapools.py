@@ -341,6 +341,15 @@ def test_crd3():
     assert second_game.prompt.count("\n") == 2  # nothing of the game before
 
 
+def test_crd3_with_half_a_character(tmp_path):
+    shutil.copytree(DATA / "crd3", tmp_path / "crd3")
+    for game in (tmp_path / "crd3" / "cleaned data").iterdir():
+        turns = json.loads(game.read_text())["TURNS"]
+        turns[0]["UTTERANCES"][0] += "\ud83d"
+        game.write_text(json.dumps({"TURNS": turns}))
+    assert re.search(r"\.json .*surrogates not allowed", message(load_task, "crd3", "train", str(tmp_path / "crd3")))
+
+
 def test_crd3_from_its_archive():
     archive = Path(datasets.config.HF_DATASETS_CACHE) / "crd3" / f"{datapools.CRD3_COMMIT}.zip"
     archive.parent.mkdir(parents=True)

@@ -393,6 +393,9 @@ def test_errors_name_what_is_right():
     with pytest.raises(UsageError, match="sample 'x1' has none"):
         metrics_of("rouge", samples=[sample(references=[])])
     rewards_of("dates", samples=[sample(references=[])])
+    for name, option in (("increasing_numbers", "min_tokens"), ("diversity", "window_size"), ("perplexity", "stride")):
+        with pytest.raises(UsageError, match=f"{option} must be at least 1, not 0"):
+            make_metric(name, **{option: 0})
     for make in (rewards_of, metrics_of):
         with pytest.raises(UsageError, match="'dates' is named twice"):
             make("dates", "chrf", "dates", samples=[sample()])
@@ -889,6 +892,8 @@ TEXTS = {
     "Arabic": ("أنا أحب القاهرة كثيرا", "أنا أحب بيروت"),
     "Russian": ("я очень люблю Москву", "я люблю Москву и Омск"),
     "German": ("für die größere Straße", "fór die größere Straße"),
+    "Hindi": ("मैं कल दिल्ली जा रहा हूँ", "मैं दिल्ली जा रहा"),
+    "Tibetan": ("ང་ལྷ་ས་ལ་འགྲོ་གི་ཡོད།", "ང་ལྷ་ས་ལ་དགའ།"),
 }
 
 
@@ -908,7 +913,7 @@ def test_languages(language):
             with pytest.raises(UsageError, match="^metric"):
                 metrics_of(name, samples=samples)
     latin, spaced = {"rouge1", "rougeL", "rouge_l_max"}, {"bleu", "meteor", "cider", "sacrebleu", "ter"}
-    expected = {"German": set(), "Arabic": latin, "Russian": latin}.get(language, latin | spaced)
+    expected = {"German": set(), "Arabic": latin, "Russian": latin, "Hindi": latin}.get(language, latin | spaced)
     assert refused == expected
     for name in ("rouge1", "rouge_combined"):
         score, whole = rewards_of(name, samples=samples, tokenize="unicode")[name](*batch)
@@ -945,6 +950,14 @@ def test_words_of_all_languages():
 
 def test_a_split_without_references_to_speak_of_is_not_refused():
     metrics_of("rouge", "bleu", samples=[sample(references=[""])])  # ToTTo's test split
+
+
+@pytest.mark.parametrize("text", ["\U0001f600 \U0001f389", "...", "\u2211 \u222b"])
+def test_references_without_a_letter(text):
+    for name, options in (("rouge1", {}), ("rouge1", {"tokenize": "unicode"}), ("cider", {"tokenize": "unicode"})):
+        with pytest.raises(UsageError, match="sees .*letters .*digits only.*chrf"):
+            rewards_of(name, samples=[sample(references=[text])], **options)
+    assert rewards_of("chrf", samples=[sample(references=[text])])
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_classifier(folder, tmp_path):
         make_reward("classifier", model=path, label="comissive")
     with pytest.raises(UsageError, match="needs a value for its option 'model'"):
         make_reward("classifier")
-    with pytest.raises(UsageError, match="max_length must be at least 1 token, not 0"):
+    with pytest.raises(UsageError, match="max_length must be at least 1, not 0"):
         make_reward("classifier", model=path, max_length=0)
 
 
@@ -241,6 +241,20 @@ def test_what_is_no_reward_model(folder, tmp_path):
     AutoTokenizer.from_pretrained(str(folder / "one")).save_pretrained(tmp_path / "base")
     with pytest.raises(UsageError, match="no weights for classifier.bias, classifier.weight"):
         make_reward("reward_model", model=str(tmp_path / "base"))
+    with pytest.raises(UsageError, match="bleurt: .* has 4 labels, not one output"):
+        make_reward("bleurt", model=str(folder / "four"))
+    # templates of which one does not take these messages, and one is none; a tokenizer that cannot pad
+    tokenizer = AutoTokenizer.from_pretrained(str(folder / "one"))
+    AutoModelForSequenceClassification.from_pretrained(str(folder / "one")).save_pretrained(tmp_path / "chat")
+    for template in ("{{ raise_exception('system first') }}", "{% for %}"):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "chat")
+        with pytest.raises(UsageError, match="chat template does not take these messages"):
+            make_reward("reward_model", model=str(tmp_path / "chat"))(*BATCH)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "chat")
+    with pytest.raises(UsageError, match="has no token for padding, and none for the end"):
+        make_reward("reward_model", model=str(tmp_path / "chat"))
     # a file that was not fetched whole
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / "one" / name).read_bytes()[: 200 if "safe" in name else None])
