@@ -11,6 +11,8 @@ import http.server
 import io
 import json
 import os
+import re
+import shutil
 import socket
 import sys
 import threading
