@@ -69,7 +69,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 import datapools
 from datapools import LOADING_ERRORS, UsageError
-from rewards import make_metrics, make_rewards, measure, score_texts
+from rewards import is_best, make_metrics, make_rewards, measure, score_texts
 
 # What RL4LMs' configurations say of each task, for the sequence minibatches of this script: batch_size is its tokens
 # per iteration over the response length, and the learning rate is its own times sqrt(tokens per minibatch / 64), since
@@ -140,6 +140,7 @@ class Args:
     eval_every: PositiveInt = 10  # iterations between evaluations on val (val and test also before and after training)
     eval_samples: NonNegativeInt = 1000  # evaluate on the first so many samples of a split; 0: on all
     decoding: dict[str, str] = field(default_factory=dict)  # KEY VALUE ...: do_sample, temperature, num_beams ...
+    keep_best: str | None = None  # a metric: best/ keeps the model that is best by it on val, if better than the start
     save_every: PositiveInt = 10  # iterations between checkpoints
     run_dir: str | None = None  # the folder of this run; default runs/{task}__{script}__{seed}__{time}
     resume: bool = False  # go on from the checkpoint in --run-dir with its settings, or start there if it has none
@@ -207,7 +208,8 @@ def main():
         evaluate("val", val, 0, *evaluation)
         evaluate("test", test, 0, *evaluation)
     else:
-        save_model(run_dir, policy, tokenizer, rank)  # a kill may have come between a checkpoint and its model
+        # a kill may have come between a checkpoint and its model
+        save_model(run_dir, policy, tokenizer, rank, rank == 0 and is_best(run_dir, args.keep_best, iteration))
 
     progress = tqdm(total=args.num_iterations, initial=iteration, disable=rank > 0 or not sys.stderr.isatty())
     while iteration < args.num_iterations:
@@ -350,11 +352,12 @@ def main():
             evaluate("val", val, iteration, *evaluation)
         if done:
             evaluate("test", test, iteration, *evaluation)
-        if done or stopping or iteration % args.save_every == 0:
+        best = total(rank == 0 and is_best(run_dir, args.keep_best, iteration)) > 0
+        if done or stopping or best or iteration % args.save_every == 0:
             state = dict(policy=policy.state_dict(), value_model=value_model.state_dict())
             state |= dict(iteration=iteration, kl_coef=kl_coef, optimizer=optimizer.state_dict())
             save_checkpoint(run_dir, gathered(state, rank), rank)
-            save_model(run_dir, policy, tokenizer, rank)
+            save_model(run_dir, policy, tokenizer, rank, best)
         if stopping:
             break
     progress.close()
@@ -746,6 +749,8 @@ def evaluate(split, samples, iteration, policy, tokenizer, metrics, decoding, ar
     """Decodes a split, measures, and leaves eval.jsonl, predictions/{split}_{iteration}.jsonl and a table."""
     generations = decode_split(policy, tokenizer, samples, decoding, args, device)
     figures, per_sample = measure(metrics, samples, generations, policy, tokenizer)
+    if args.keep_best not in (None, *figures):
+        raise UsageError(f"--keep-best {args.keep_best}: not measured; --metrics gives {', '.join(figures)}")
     if int(os.environ.get("RANK", 0)) > 0:
         return
     row = {"iteration": iteration, "split": split} | figures
@@ -922,7 +927,7 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict(state)
 
 
-def save_model(run_dir, policy, tokenizer, rank):
+def save_model(run_dir, policy, tokenizer, rank, best=False):
     """Leaves model/ for from_pretrained, written aside and renamed; its generation config decodes as evaluation did."""
     weights = gathered(policy.state_dict(), rank)
     if rank > 0:
@@ -935,6 +940,10 @@ def save_model(run_dir, policy, tokenizer, rank):
     tokenizer.save_pretrained(aside)
     shutil.rmtree(run_dir / "model", ignore_errors=True)  # a kill just here: --resume writes it again
     aside.rename(run_dir / "model")
+    if best:
+        shutil.copytree(run_dir / "model", aside)
+        shutil.rmtree(run_dir / "best", ignore_errors=True)
+        aside.rename(run_dir / "best")
 
 
 def write_row(file, row, args, prefix=""):

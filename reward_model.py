@@ -556,7 +556,7 @@ def load_optimizer(optimizer, state):
     optimizer.load_state_dict(state)
 
 
-def save_model(run_dir, policy, tokenizer, rank):
+def save_model(run_dir, policy, tokenizer, rank, best=False):
     """Leaves model/ for from_pretrained, written aside and renamed; its generation config decodes as evaluation did."""
     weights = gathered(policy.state_dict(), rank)
     if rank > 0:
@@ -569,6 +569,10 @@ def save_model(run_dir, policy, tokenizer, rank):
     tokenizer.save_pretrained(aside)
     shutil.rmtree(run_dir / "model", ignore_errors=True)  # a kill just here: --resume writes it again
     aside.rename(run_dir / "model")
+    if best:
+        shutil.copytree(run_dir / "model", aside)
+        shutil.rmtree(run_dir / "best", ignore_errors=True)
+        aside.rename(run_dir / "best")
 
 
 def write_row(file, row, args, prefix=""):

@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import multiprocessing
 import os
@@ -76,6 +77,7 @@ from datapools import (
 COMMONGEN_PREFIX = "generate a sentence with: "
 # References come again at every visit of their sample, so what is derived from them is kept, for as many as this.
 PREPARED = 4096
+LESS = ("perplexity", "ter", "nll")  # metrics of which less is better
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,6 +153,15 @@ def measure(metrics, samples, generations, model, tokenizer):
             if values is not None:
                 per_sample[figure] = list(map(finite_or_none, values))
     return row, per_sample
+
+
+def is_best(run_dir, metric, iteration) -> bool:
+    """Whether val is at its best after this iteration, by a metric of eval.jsonl; least is best of those in LESS."""
+    if metric is None:
+        return False
+    rows = map(json.loads, (run_dir / "eval.jsonl").read_text().splitlines())
+    values = {row["iteration"]: row[metric] for row in rows if row["split"] == "val" and row[metric] is not None}
+    return (min if metric in LESS else max)(values, key=values.get, default=None) == iteration
 
 
 def check_figures(name, figures, samples) -> None:

@@ -328,6 +328,54 @@ def assert_same_rows(one, two):
         assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
+# ------------------------------------------------------------------------------------------------ the best model
+
+
+HASHED = '''
+"""A metric whose best is somewhere in the middle of a run: a number made of all texts."""
+import zlib
+
+
+def hashed(prompts, generations, references, metas):
+    return {"hashed": (None, zlib.crc32("|".join(["0", *generations]).encode()) / 2**32)}
+'''
+
+
+@pytest.mark.parametrize("script, kind", SHORT_CASES)
+def test_best_model_is_kept(script, kind, texts, digits, tmp_path):
+    """best/ decodes as the best evaluation did, also if the run was killed while it was written and went on."""
+    (tmp_path / "own.py").write_text(HASHED)
+    settings = dict(metrics="own.py:hashed", keep_best="hashed", eval_every=1, save_every=100, learning_rate=3e-3)
+    argv = command(script, kind, texts, digits, **settings)
+    events = tmp_path / "events.json"
+    run_ok(script, argv, tmp_path, events_file=events)
+    values = [row["hashed"] for row in rows(tmp_path / "run" / "eval.jsonl") if row["split"] == "val"]
+    if max(values) == values[0]:  # rounding of another machine may have led to other texts
+        pytest.skip("the start model is the best")
+    again = settings | dict(model=tmp_path / "run" / "best", run_dir="again", num_iterations=0, num_epochs=0)
+    run_ok(script, command(script, kind, texts, digits, **again), tmp_path)
+    assert rows(tmp_path / "again" / "eval.jsonl")[0]["hashed"] == max(values)
+
+    calls = json.loads(events.read_text())["save_model"]
+    shutil.move(tmp_path / "run", tmp_path / "whole")
+    for moment in (1, calls // 2, calls - 1):
+        killed = run(script, argv, tmp_path, kill_at=("save_model", moment))
+        assert killed.code == -signal.SIGKILL
+        run_ok(script, [*argv, "--resume"], tmp_path)
+        assert_same_outcome(tmp_path / "whole", tmp_path / "run")
+        assert contents(tmp_path / "whole" / "best") == contents(tmp_path / "run" / "best")
+        shutil.rmtree(tmp_path / "run")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_best_by_a_metric_that_is_not_measured(texts, digits, tmp_path):
+    argv = command("ppo_causal", "causal", texts, digits, keep_best="rouge")
+    assert_one_line(run("ppo_causal", argv, tmp_path), "ppo_causal", 2, ["--keep-best rouge", "rouge1, rouge2"])
+
+
 # ------------------------------------------------------------------------------------------------ other settings
 
 
