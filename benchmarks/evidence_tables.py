@@ -7,7 +7,18 @@ algorithm, of which that of the first is better, as in Agarwal et al. 2021, http
 import re
 
 import numpy as np
-from evidence import ABLATIONS, ALGORITHMS, SEARCH_SEED, chosen, finished, folder_of, objective, rows_of, settings_of
+from evidence import (
+    ABLATIONS,
+    ALGORITHMS,
+    SEARCH_SEED,
+    chosen,
+    finished,
+    folder_of,
+    objective,
+    other_steps,
+    rows_of,
+    settings_of,
+)
 from matplotlib.figure import Figure
 
 BEGIN, END = "<!-- tables: evidence.py --gather -->", "<!-- end of tables -->"
@@ -49,61 +60,59 @@ def last_test(folder):
     return [row for row in rows_of(folder / "eval.jsonl") if row["split"] == "test"][-1]
 
 
-def score_at(rows, name, kl):
-    """The score where a run's curve on val crosses this KL, linearly between evaluations; None if it never does."""
-    for before, after in zip(rows, rows[1:], strict=False):
-        if before["kl"] <= kl <= after["kl"] and before["kl"] < after["kl"]:
-            return np.interp(kl, [before["kl"], after["kl"]], [before[name], after[name]])
-    return None
-
-
-def runs_of(name, out):
-    """{seed: folder} of the finished reported runs of an algorithm."""
-    folders = {seed: folder_of(out, name, seed) for seed in range(1, 11)}
-    return {seed: folder for seed, folder in folders.items() if finished(folder)}
+def runs_of(task, out):
+    """{label: (setting, {seed: folder})} of the finished reported runs."""
+    kinds = [(name, chosen(task, name, out), None) for name in ALGORITHMS]
+    kinds[2:2] = [(name, setting, setting) for name, setting in other_steps(task, out)]
+    runs = {}
+    for name, setting, in_name in kinds:
+        folders = {seed: folder_of(out, name, seed, in_name) for seed in range(1, 11)}
+        label = f"{name} at {'NLPO' if name == 'PPO' else 'PPO'}'s step" if in_name else name
+        runs[label] = setting, {seed: folder for seed, folder in folders.items() if finished(folder)}
+    return {label: (setting, folders) for label, (setting, folders) in runs.items() if folders}
 
 
 def setting_text(setting):
-    return "; ".join(f"{flag} {value:g}" for flag, value in setting.items()) if setting else ""
+    return "; ".join(f"{flag} {value:g}" for flag, value in setting.items())
 
 
-def result_table(task, out):
-    runs = {name: runs_of(name, out) for name in ALGORITHMS}
-    runs = {name: folders for name, folders in runs.items() if folders}
+def result_table(task, runs):
     if not runs:
-        return [], runs
-    first_run = next(iter(next(iter(runs.values())).values()))
+        return []
+    first_run = next(iter(next(iter(runs.values()))[1].values()))
     start = [row for row in rows_of(first_run / "eval.jsonl") if row["split"] == "test"][0]
-    ends = [max(row["kl"] for row in curve(folder)) for folders in runs.values() for folder in folders.values()]
-    kl = min(ends)
-    heads = ["algorithm", "step", "seeds", task.score, *task.others, "KL", "objective", f"{task.score} at KL {kl:.3f}"]
+    heads = ["algorithm", "step", "seeds", task.score, *task.others, "KL", "objective"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     cells = [f"{start[name]:.3f}" for name in (task.score, *task.others.values())]
-    lines.append("| " + " | ".join(["supervised", "", "1", *cells, "0", f"{start[task.score]:.3f}", ""]) + " |")
-    for name, folders in runs.items():
+    lines.append("| " + " | ".join(["supervised", "", "", *cells, "0", f"{start[task.score]:.3f}"]) + " |")
+    for label, (setting, folders) in runs.items():
         tests = [last_test(folder) for folder in folders.values()]
         cells = [mean_and_interval([test[key] for test in tests]) for key in (task.score, *task.others.values(), "kl")]
         cells.append(mean_and_interval([objective(task, test) for test in tests]))
-        cells.append(mean_and_interval([score_at(curve(folder), task.score, kl) for folder in folders.values()]))
-        line = [name, setting_text(chosen(task, name, out)), str(len(folders)), *cells]
-        lines.append("| " + " | ".join(line) + " |")
-    return lines, runs
+        lines.append("| " + " | ".join([label, setting_text(setting), str(len(folders)), *cells]) + " |")
+    return lines
 
 
-def comparison_table(task, out, runs):
+PAIRS = [
+    ("NLPO", "PPO"),
+    ("NLPO", "PPO at NLPO's step"),
+    ("NLPO at PPO's step", "PPO"),
+    ("NLPO as released", "PPO"),
+]
+
+
+def comparison_table(task, runs):
     """P(better) of both NLPOs over PPO, on every figure that rates."""
-    others = [name for name in runs if name.startswith("NLPO")]
-    if "PPO" not in runs or not others:
-        return []
     held_out = [name for name in task.others.values() if name in ("judge", "chrf")]
     figures = {name: (lambda row, name=name: row[name]) for name in (task.score, *held_out)}
     figures["objective"] = lambda row: objective(task, row)
     lines = ["| P(better) on test | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
-    for name in others:
-        tests = [[last_test(folder) for folder in runs[each].values()] for each in (name, "PPO")]
-        cells = [better(*([figure(test) for test in part] for part in tests)) for figure in figures.values()]
-        lines.append(f"| {name} over PPO | " + " | ".join(cells) + " |")
-    return lines
+    for pair in PAIRS:
+        if all(label in runs for label in pair):
+            tests = [[last_test(folder) for folder in runs[label][1].values()] for label in pair]
+            cells = [better(*([figure(test) for test in part] for part in tests)) for figure in figures.values()]
+            lines.append(f"| {pair[0]} over {pair[1]} | " + " | ".join(cells) + " |")
+    return lines if len(lines) > 2 else []
 
 
 def search_table(task, out):
@@ -119,11 +128,11 @@ def search_table(task, out):
     return lines if len(lines) > 2 else []
 
 
-def mask_table(out, runs):
+def mask_table(runs):
     """What the masks did in training, means over all iterations and runs."""
     lines = ["| | mass within the mask | vocabulary kept | tokens at which it excludes any |", "|---|---|---|---|"]
     for name in [name for name in runs if name.startswith("NLPO")]:
-        rows = [row for folder in runs[name].values() for row in rows_of(folder / "metrics.jsonl")]
+        rows = [row for folder in runs[name][1].values() for row in rows_of(folder / "metrics.jsonl")]
         names = ("rollout/mask_mass", "rollout/mask_kept_fraction", "rollout/mask_bite_fraction")
         lines.append(f"| {name} | " + " | ".join(f"{np.mean([row[n] for row in rows]):.3f}" for n in names) + " |")
     return lines if len(lines) > 2 else []
@@ -147,9 +156,9 @@ def ablation_table(task, out):
     return lines if len(lines) > 2 else []
 
 
-def draw(axes, task, runs, figure, title):
+def draw(axes, runs, figure, title):
     """A figure on val against KL: a line for each algorithm through the means of its evaluations, a thin one a run."""
-    for color, (name, folders) in enumerate(runs.items()):
+    for color, (name, (_, folders)) in enumerate(runs.items()):
         curves = [curve(folder) for folder in folders.values()]
         points = np.array([[(row["kl"], row[figure]) for row in rows] for rows in curves])  # (runs, evaluations, 2)
         for each in points:
@@ -164,15 +173,15 @@ def pictures(tasks, all_runs, folder):
     if sentiment:
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        draw(left, tasks["sentiment"], sentiment, "classifier", "score: the classifier that is trained on")
-        draw(right, tasks["sentiment"], sentiment, "judge", "held-out judge")
+        draw(left, sentiment, "classifier", "score: the classifier that is trained on")
+        draw(right, sentiment, "judge", "held-out judge")
         left.legend(fontsize=8)
         figure.savefig(folder / "results.png", dpi=110)
     others = [key for key in ("summaries", "numbers") if all_runs.get(key)]
     if others:
         figure = Figure(figsize=(5 * len(others), 3.8), layout="constrained")
         for axes, key in zip(np.atleast_1d(figure.subplots(1, len(others))), others, strict=True):
-            draw(axes, tasks[key], all_runs[key], tasks[key].score, f"{key}: {tasks[key].score}")
+            draw(axes, all_runs[key], tasks[key].score, f"{key}: {tasks[key].score}")
             axes.legend(fontsize=8)
         figure.savefig(folder / "results_others.png", dpi=110)
 
@@ -181,10 +190,13 @@ def gather(tasks, args):
     parts, all_runs = [], {}
     for key, task in tasks.items():
         out = args.out / key
-        table, all_runs[key] = result_table(task, out)
-        parts += [[f"### {key}"], table, comparison_table(task, out, all_runs[key]), mask_table(out, all_runs[key])]
-        parts += [["The search, on val:"] if search_table(task, out) else [], search_table(task, out)]
-    parts += [["### One thing changed, sentiment"], ablation_table(tasks["sentiment"], args.out)]
+        all_runs[key] = runs = runs_of(task, out)
+        if runs:
+            parts += [[f"### {key}"], result_table(task, runs), comparison_table(task, runs), mask_table(runs)]
+        if search := search_table(task, out):
+            parts += [["The search, on val:"], search]
+    if ablations := ablation_table(tasks["sentiment"], args.out):
+        parts += [["### One thing changed, sentiment"], ablations]
     text = "\n\n".join("\n".join(part) for part in parts if part)
     pictures(tasks, all_runs, args.gather)
     page = args.gather / "results.md"

@@ -36,9 +36,6 @@ def test_statistics():
     assert evidence_tables.mean_and_interval([2.0, 2.0, None]) == "2.000 [2.000, 2.000]"
     low, high = evidence_tables.interval(np.arange(5.0), lambda rng, x: rng.choice(x, len(x)).mean())
     assert 0.5 < low < 1.2 and 2.8 < high < 3.5
-    rows = [{"kl": 0.0, "score": 1.0}, {"kl": 0.2, "score": 2.0}, {"kl": 0.1, "score": 5.0}]
-    assert evidence_tables.score_at(rows, "score", 0.1) == pytest.approx(1.5)
-    assert evidence_tables.score_at(rows, "score", 0.3) is None
 
 
 @pytest.mark.parametrize("kind", ["causal", "seq2seq"])
