@@ -43,7 +43,7 @@ CAUSAL = (
     "gpt2 llama gemma2 mamba mixtral bloom opt falcon falcon_mamba gpt_neox gptj mpt phi phi3 qwen2 qwen3 qwen3_moe "
     "qwen2_moe qwen3_next mistral gemma gemma3_text cohere cohere2 olmo olmo2 granite granitemoe deepseek_v2 "
     "deepseek_v3 starcoder2 stablelm smollm3 gpt_bigcode codegen ctrl biogpt xglm nemotron persimmon exaone4 glm glm4 "
-    "jetmoe helium gpt_oss minimax bert roberta llama4_text olmo3 olmoe seed_oss arcee apertus ernie4_5 glm4_moe "
+    "jetmoe helium gpt_oss minimax bert llama4_text olmo3 olmoe seed_oss arcee apertus ernie4_5 glm4_moe "
     "phimoe hunyuan_v1_dense lfm2 gpt_neo mamba2 jamba bamba granitemoehybrid falcon_h1"
 ).split()
 # sizes that differ from those of all others, above all where the attention is among recurrent layers
