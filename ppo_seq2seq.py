@@ -151,6 +151,7 @@ class Args:
     micro_batch_size: PositiveInt = 16  # sequences per pass of one process; memory and speed, not results
     sample_batch_size: PositiveInt = 32  # sequences sampled at once by one process; likewise
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 autocasts the passes, but for heads and losses
+    gradient_checkpointing: bool = False  # keep a layer's input alone, and compute the rest again for its gradient
     fsdp: bool = False  # shard models and optimizer over torchrun's processes, for models beyond one GPU (FSDP2)
 
 
@@ -191,7 +192,7 @@ def main():
         policy.load_state_dict(checkpoint["policy"])
         value_model.load_state_dict(checkpoint["value_model"])
     for model in (policy, reference, value_model):
-        prepare_model(model, device, args.fsdp)
+        prepare_model(model, device, args.fsdp, args.gradient_checkpointing)
     # RL4LMs' AdamW decays weights by 1e-6 times the learning rate, which float32 rounds to nothing: this is the same
     trained = [p for model in (policy, value_model) for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.learning_rate, fused=True)
@@ -1021,15 +1022,19 @@ def join_processes(device):
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def prepare_model(model, device, fsdp):
+def prepare_model(model, device, fsdp, recompute):
     """Puts a model onto the device, with --fsdp sharded: each process keeps a part of every weight, gradient and
     optimizer state, a layer's weights are gathered when it runs, and gradients are summed over the processes."""
     if hasattr(model, "get_output_embeddings"):
         head_in_float32(model)
+    names = getattr(model, "backbone", model)._no_split_modules or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    for layer in layers if recompute else ():
+        options = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+        layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, **options)
     if fsdp:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        layers = getattr(model, "backbone", model)._no_split_modules
-        for module in [*(m for m in model.modules() if type(m).__name__ in layers), model]:
+        for module in [*layers, model]:
             fully_shard(module, mesh=mesh)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

@@ -22,7 +22,7 @@ from script_runs import (
     run_ok,
     weights,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import datapools
 import rewards
@@ -95,6 +95,28 @@ def test_processes_and_micro_batches_change_nothing(script, kind, variant, finis
     # the gradients themselves: Adam would make the same steps of their multiples
     moments, others = (optimizer_state(run) for run in (one, other))
     assert (moments - others).norm() < 1e-3 * moments.norm()
+
+
+@pytest.mark.parametrize("script, kind", CASES)
+def test_gradient_checkpointing_changes_nothing(script, kind, finished):
+    one, other = finished(script, kind), finished(script, kind, gradient_checkpointing=True)
+    assert_close(rows(one / "metrics.jsonl"), rows(other / "metrics.jsonl"), 1e-6)
+    assert predictions(one) == predictions(other)
+
+
+def test_gradient_checkpointing_keeps_less():
+    """Of four layers their inputs, which is a small part of what their gradients need."""
+    import ppo_causal
+
+    kept = []
+    for recompute in (False, True):
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=32, n_layer=4, n_head=2, n_positions=64)).eval()
+        ppo_causal.prepare_model(model, torch.device("cpu"), False, recompute)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            model(torch.zeros(8, 60, dtype=torch.long), use_cache=False)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 3
 
 
 def test_runs_differ_by_seed(finished):
