@@ -46,6 +46,7 @@ from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
@@ -123,27 +124,20 @@ class Split(Sequence):
 class Task:
     """How a task is loaded and what it is trained with unless the user says otherwise. Lengths are in tokens."""
 
-    load: Callable
-    """load(split, data=None, **options) -> Split or list of Sample; the options are what --task-kwargs may give."""
-    prompt_length: int
-    """Longer prompts are truncated."""
-    response_length: int
-    """At most that many tokens are sampled."""
-    min_response_length: int = 0
-    """EOS cannot be sampled before that many tokens."""
-    truncation_side: str = "left"
-    """The side of a long prompt that is cut off."""
+    load: Callable  # load(split, data=None, **options) -> Split or list of Sample; --task-kwargs gives the options
+    prompt_length: int  # longer prompts are truncated
+    response_length: int  # at most that many tokens are sampled
+    min_response_length: int = 0  # EOS cannot be sampled before that many tokens
+    truncation_side: str = "left"  # the side of a long prompt that is cut off
     seq2seq_model: str = "t5-base"
     causal_model: str = "gpt2"
     reward: tuple[str, ...] = ("rouge1",)
     reward_weights: tuple[float, ...] = (1.0,)
-    reward_kwargs: dict[str, dict] = field(default_factory=dict)
-    """Name of a reward -> its keyword arguments."""
+    reward_kwargs: dict[str, dict] = field(default_factory=dict)  # name of a reward -> its keyword arguments
     metrics: tuple[str, ...] = ("rouge", "diversity")
-    metric_kwargs: dict[str, dict] = field(default_factory=dict)
-    """Name of a metric -> its keyword arguments."""
+    metric_kwargs: dict[str, dict] = field(default_factory=dict)  # name of a metric -> its keyword arguments
+    # decoding for evaluation: sampling or a beam search, of at least min_response_length tokens too
     generation: dict = field(default_factory=lambda: {"do_sample": True, "temperature": 1.0, "top_k": 0})
-    """Decoding for evaluation: sampling or a beam search, of at least min_response_length tokens too."""
 
 
 def nearest(name: str, known) -> str:
@@ -152,9 +146,7 @@ def nearest(name: str, known) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows from the hub, from a folder, or from a plain download
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Rows from the hub, from a folder, or from a plain download ------------------------------------------------------
 def open_text(file: Path):
     """A text file, gzipped or not, open for reading; UTF-8 in any locale, with or without a byte order mark."""
     opened = gzip.open if file.suffix == ".gz" else open
@@ -305,9 +297,7 @@ def check_positive(**options: int | None) -> None:
             raise UsageError(f"{name} must be at least 1, not {value}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Synthetic tasks: nothing to download
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Synthetic tasks: nothing to download ----------------------------------------------------------------------------
 def synthetic(task: str, prompt: str, write: Callable, split: str, data, n_samples: int, seed: int) -> Split:
     """n_samples times the same prompt, each with one reference by `write(rng)`; the same for a split and a seed."""
     if data is not None:
@@ -358,9 +348,7 @@ def load_dates(split, data=None, n_samples: int | None = None, seed: int = 0) ->
     return synthetic("dates", "Write a date:", sentence_with_time, split, data, n_samples, seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Film reviews to go on with (IMDB)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Film reviews to go on with (IMDB) -------------------------------------------------------------------------------
 def imdb_rows(task: str, split: str, data: str | None):
     """train and val: the first 80% and the rest of the hub's train split, shuffled; test: 5,000 of its test split."""
     hub = {"path": "stanfordnlp/imdb", "revision": "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"}
@@ -404,9 +392,7 @@ def load_imdb_seq2seq(split, data=None, positive_ratio: int | float = 1.0) -> Sp
     return Split(rows, make, row_of)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words to a sentence
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Words to a sentence ---------------------------------------------------------------------------------------------
 def load_commongen(split, data=None, prefix: str = "generate a sentence with: ") -> Split:
     """A few concepts to a sentence that has them all (CommonGen). train: a sample per sentence; val, test: per set.
 
@@ -428,9 +414,7 @@ def load_commongen(split, data=None, prefix: str = "generate a sentence with: ")
     return Split(rows, make, [group[0] for group in groups])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Summaries
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Summaries -------------------------------------------------------------------------------------------------------
 def load_cnn_dm(
     split, data=None, prefix: str = "Summarize: ", truncate_article: int | None = None, max_size: int | None = None
 ) -> Split:
@@ -454,9 +438,7 @@ def load_xsum(split, data=None, suffix: str = "TL;DR:", max_size: int | None = N
     return Split(rows, lambda row, n: Sample(f"{split}_{n}", row["document"] + suffix, [row["summary"]], {}))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables to a sentence (ToTTo)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Tables to a sentence (ToTTo) ------------------------------------------------------------------------------------
 def tagged(tag: str, *texts: str) -> str:
     """'<tag> text text </tag>'."""
     return " ".join((f"<{tag}>", *texts, f"</{tag}>"))
@@ -520,9 +502,7 @@ def load_totto(split, data=None, representation: str = "subtable", max_size: int
     return Split(load_rows("totto", split, source, columns, max_size), make)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions about stories
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Questions about stories -----------------------------------------------------------------------------------------
 NARRATIVE_QA = {  # split -> file of UnifiedQA, SHA-256 (as TensorFlow Datasets records it)
     "train": ("train.tsv", "dd1220e0225947d57e25192a1e10ed0f34b1e123c3775588a8d6bec5b41e3005"),
     "val": ("dev.tsv", "c7f70a0bc92f1ef9fc660fd84d65420302d86a08e39de3c029e5e266b79680dd"),
@@ -565,9 +545,7 @@ def load_narrative_qa(split, data=None) -> Split:
     return Split(rows, make, [group[0] for group in groups])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Translation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Translation -----------------------------------------------------------------------------------------------------
 LANGUAGES = {"en": "English", "cs": "Czech", "de": "German", "fi": "Finnish", "ro": "Romanian", "ru": "Russian"}
 LANGUAGES["tr"] = "Turkish"
 
@@ -618,9 +596,7 @@ def load_iwslt2017(split, data=None, max_size: int | None = None) -> Split:
     return translations("iwslt2017", split, hub_or_folder(split, data, **hub), "en", "de", max_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dialogue
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Dialogue --------------------------------------------------------------------------------------------------------
 CRD3_COMMIT = "6734253e8c584a0aea4eea9b02cb6990e9fb1598"
 
 
@@ -694,9 +670,7 @@ def load_daily_dialog(split, data=None, context_size: int = 5) -> Split:
     return Split(rows, make, row_of[said])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One's own texts
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- One's own texts -------------------------------------------------------------------------------------------------
 def from_text(text: str):
     """What was typed, or stands in a cell: read as JSON where it is, else the text."""
     try:
@@ -821,17 +795,10 @@ def open_own(path: str, split: str, parts: dict[str, str | None], hub: dict, col
 
 
 def load_own(
-    path: str,
-    split,
-    data=None,
-    prompt_column: str = "prompt",
-    references_column: str | None = None,
-    config: str | None = None,
-    revision: str | None = None,
-    train_split: str | None = None,
-    val_split: str | None = None,
-    test_split: str | None = None,
-) -> Split:
+    path: str, split, data=None, prompt_column: str = "prompt", references_column: str | None = None,
+    config: str | None = None, revision: str | None = None, train_split: str | None = None,
+    val_split: str | None = None, test_split: str | None = None,
+) -> Split:  # fmt: skip
     """One's own texts. Each row: prompt (a text or a list of messages); references (a text or a list of texts); id.
 
     All other columns go into meta. path: a folder with train.jsonl, validation.jsonl (or val.jsonl) and test.jsonl,
@@ -865,9 +832,7 @@ def load_own(
     return samples
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From texts to batches of tokens, and back
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- From texts to batches of tokens, and back -----------------------------------------------------------------------
 @lru_cache(maxsize=2)  # a batch may lie in two epochs
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the samples in one epoch."""
@@ -959,18 +924,20 @@ def eos_ids(tokenizer, generation_config, vocabulary: int) -> list[int]:
 
 def describe_lengths(tokenizer, samples, max_length: int, response_length: int) -> str:
     """One line on how long prompts and references are in tokens, and how many are cut, by at most 2,000 samples."""
-    few = [samples[int(i)] for i in np.unique(np.linspace(0, len(samples) - 1, 2000).astype(int))]
-    prompts = [prompt_text(tokenizer, sample.prompt) for sample in few]
-    lengths = [len(row) for row in tokenizer(prompts, verbose=False).input_ids]
-    middle, high = np.percentile(lengths, [50, 95])
-    cut = np.mean(np.array(lengths) > max_length)
-    line = f"prompts: {middle:.0f} tokens (median), {high:.0f} (95%), {cut:.1%} truncated to {max_length}"
-    references = [s.references[0] for s in few if s.references]
-    if references:
-        lengths = [len(row) for row in tokenizer(references, add_special_tokens=False, verbose=False).input_ids]
+    few = samples.take(np.unique(np.linspace(0, len(samples) - 1, 2000).astype(int)))
+
+    def spread(texts, **options):
+        lengths = np.array([len(row) for row in tokenizer(texts, verbose=False, **options).input_ids])
         middle, high = np.percentile(lengths, [50, 95])
-        cut = np.mean(np.array(lengths) >= response_length)
-        line += f"; references: {middle:.0f} (median), {high:.0f} (95%), {cut:.1%} longer than a response can be"
+        return lengths, f"{middle:.0f} tokens (median), {high:.0f} (95%)"
+
+    prompts = [prompt_text(tokenizer, sample.prompt) for sample in few]
+    references = [sample.references[0] for sample in few if sample.references]
+    lengths, said = spread(prompts)
+    line = f"prompts: {said}, {np.mean(lengths > max_length):.1%} truncated to {max_length}"
+    if references:
+        lengths, said = spread(references, add_special_tokens=False)
+        line += f"; references: {said}, {np.mean(lengths >= response_length):.1%} longer than a response can be"
     if len(few) > 1 and len(set(prompts)) == 1:
         line += "; all prompts are the same: val and test measure the same, up to their references"
     return line
@@ -1043,19 +1010,13 @@ def encode_batch(tokenizer, samples, args, pad_id, device, seq2seq: bool):
 
 def pad(rows: list[list[int]], pad_id, device, left=False):
     """ids (B, L) int64 and mask (B, L) bool. The mask comes from lengths: an id may be both a token and padding."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, where] = torch.tensor(row)
-        mask[i, where] = True
+    options = dict(batch_first=True, padding_side="left" if left else "right")
+    ids = pad_sequence([torch.tensor(row) for row in rows], padding_value=pad_id, **options)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], **options)
     return ids.to(device), mask.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding and loading a task
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Finding and loading a task --------------------------------------------------------------------------------------
 def get_task(name: str) -> Task:
     """The task called `name` in TASKS, of a file or folder, or of a dataset of the hub. UsageError if it is none."""
     if name in TASKS:
@@ -1207,88 +1168,50 @@ def as_chat(samples):
 
 NUMBERS = {"increasing_numbers": {"min_tokens": 20}}
 SENTIMENT = Task(
-    load_imdb,
-    prompt_length=64,
-    response_length=48,
-    min_response_length=48,
-    causal_model="lvwerra/gpt2-imdb",
-    reward=("sentiment",),
-    metrics=("sentiment", "perplexity", "diversity"),
+    load_imdb, prompt_length=64, response_length=48, min_response_length=48, causal_model="lvwerra/gpt2-imdb",
+    reward=("sentiment",), metrics=("sentiment", "perplexity", "diversity"),
     generation={"do_sample": True, "temperature": 1.0, "top_k": 50},
-)
+)  # fmt: skip
 SUMMARIES = Task(
-    load_cnn_dm,
-    prompt_length=512,
-    response_length=100,
-    min_response_length=50,
-    truncation_side="right",
+    load_cnn_dm, prompt_length=512, response_length=100, min_response_length=50, truncation_side="right",
     metrics=("meteor", "rouge", "bleu", "bertscore", "diversity"),
     generation={"do_sample": True, "temperature": 0.7, "top_k": 0},
-)
+)  # fmt: skip
 TRANSLATION = Task(
-    load_wmt16,
-    prompt_length=128,
-    response_length=128,
-    truncation_side="right",
-    reward=("ter",),
+    load_wmt16, prompt_length=128, response_length=128, truncation_side="right", reward=("ter",),
     metrics=("meteor", "rouge", "bleu", "bertscore", "sacrebleu", "ter", "chrf", "diversity"),
     metric_kwargs={"bertscore": {"lang": "de"}, "sacrebleu": {"tokenize": "intl"}},
     generation={"num_beams": 4, "length_penalty": 0.6},
-)
+)  # fmt: skip
 
 TASKS = {
     "numbers": Task(
-        load_numbers,
-        prompt_length=5,
-        response_length=20,
-        seq2seq_model="scratch",
-        causal_model="scratch",
-        reward=("increasing_numbers",),
-        reward_kwargs=NUMBERS,
-        metrics=("increasing_numbers",),
-        metric_kwargs=NUMBERS,
+        load_numbers, prompt_length=5, response_length=20, seq2seq_model="scratch", causal_model="scratch",
+        reward=("increasing_numbers",), reward_kwargs=NUMBERS, metrics=("increasing_numbers",), metric_kwargs=NUMBERS,
     ),
     "dates": Task(
-        load_dates,
-        prompt_length=5,
-        response_length=30,
-        seq2seq_model="scratch",
-        causal_model="scratch",
-        reward=("dates",),
-        metrics=("dates",),
+        load_dates, prompt_length=5, response_length=30, seq2seq_model="scratch", causal_model="scratch",
+        reward=("dates",), metrics=("dates",),
     ),
     "imdb": SENTIMENT,
     "imdb_seq2seq": replace(
-        SENTIMENT, load=load_imdb_seq2seq, metric_kwargs={"perplexity": {"reference_key": "reference"}}
+        SENTIMENT, load=load_imdb_seq2seq, metric_kwargs={"perplexity": {"reference_key": "reference"}},
     ),
     "commongen": Task(
-        load_commongen,
-        prompt_length=20,
-        response_length=20,
-        min_response_length=5,
-        truncation_side="right",
-        reward=("meteor", "repeat_penalty"),
-        reward_weights=(1.0, 1.0),
+        load_commongen, prompt_length=20, response_length=20, min_response_length=5, truncation_side="right",
+        reward=("meteor", "repeat_penalty"), reward_weights=(1.0, 1.0),
         metrics=("meteor", "rouge", "bleu", "bertscore", "cider", "spice", "diversity"),
         generation={"num_beams": 5, "length_penalty": 1.0},
     ),
     "cnn_dm": SUMMARIES,
     "xsum": replace(SUMMARIES, load=load_xsum, response_length=60, min_response_length=10),
     "totto": Task(
-        load_totto,
-        prompt_length=512,
-        response_length=50,
-        min_response_length=10,
-        reward=("meteor",),
+        load_totto, prompt_length=512, response_length=50, min_response_length=10, reward=("meteor",),
         metrics=("meteor", "parent", "rouge", "bleu_totto", "bertscore", "diversity"),
         generation={"num_beams": 5, "length_penalty": 1.0},
     ),
     "narrative_qa": Task(
-        load_narrative_qa,
-        prompt_length=512,
-        response_length=50,
-        truncation_side="right",
-        reward=("rouge_l_max",),
+        load_narrative_qa, prompt_length=512, response_length=50, truncation_side="right", reward=("rouge_l_max",),
         metrics=("meteor", "rouge", "bleu", "bertscore", "rouge_l_max", "diversity"),
         generation={"num_beams": 4, "length_penalty": 1.0},
     ),
@@ -1297,22 +1220,15 @@ TASKS = {
     "wmt16_news": replace(TRANSLATION, load=load_wmt16_news),
     "iwslt2017": replace(TRANSLATION, load=load_iwslt2017),
     "crd3": Task(
-        load_crd3,
-        prompt_length=256,
-        response_length=20,
-        reward=("meteor",),
+        load_crd3, prompt_length=256, response_length=20, reward=("meteor",),
         metrics=("meteor", "rouge", "bleu", "sacrebleu", "bertscore", "diversity"),
         generation={"do_sample": True, "temperature": 1.0, "top_k": 50},
     ),
     "daily_dialog": Task(
-        load_daily_dialog,
-        prompt_length=128,
-        response_length=20,
-        min_response_length=2,
-        reward=("intent",),
+        load_daily_dialog, prompt_length=128, response_length=20, min_response_length=2, reward=("intent",),
         reward_kwargs={"intent": {"intent_coef": 0.75, "meteor_coef": 0.25}},
         metrics=("intent", "perplexity", "diversity", "meteor", "rouge", "bleu", "bertscore", "sacrebleu"),
         metric_kwargs={"sacrebleu": {"tokenize": "intl"}},
         generation={"do_sample": True, "temperature": 1.0, "top_k": 20},
     ),
-}
+}  # fmt: skip

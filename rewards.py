@@ -80,9 +80,7 @@ PREPARED = 4096
 LESS = ("perplexity", "ter", "nll")  # metrics of which less is better
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From the rewards of a run to the rewards of tokens, from its metrics to the numbers of an evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- From the rewards of a run to the rewards of tokens, from its metrics to the numbers of an evaluation ------------
 class BadReturn(ValueError):
     """A reward or metric returned something else than it must."""
 
@@ -259,16 +257,10 @@ def join(prompt: str, generation: str, separator: str) -> str:
     return prompt + ("" if space else separator) + generation
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a score of one sample to a reward, from values of samples to a metric
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- From a score of one sample to a reward, from values of samples to a metric --------------------------------------
 def per_sample(score: Callable) -> Callable:
     """The reward that gives each sample `score(generation, references)`."""
-
-    def reward(prompts, generations, references, metas):
-        return [float(score(*pair)) for pair in zip(generations, references, strict=True)]
-
-    return reward
+    return lambda prompts, texts, references, metas: list(map(score, texts, references))
 
 
 def by_sample(rows: Callable, combine: Callable, of_reward: bool = False) -> Callable:
@@ -287,9 +279,7 @@ def mean_of(name: str, reward: Callable) -> Callable:
     return by_sample(reward, lambda scores: {name: (scores, sum(scores) / len(scores))}, of_reward=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Synthetic tasks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Synthetic tasks -------------------------------------------------------------------------------------------------
 def as_number(word: str) -> float | None:
     """The finite number that Python reads in `word` ('12', '1e3', '-0.5'), None if it is none (so 'nan', 'inf')."""
     try:
@@ -319,12 +309,10 @@ def increasing_numbers(min_tokens: int = 20):
 
 def dates():
     """1 if the text holds four digits-two digits-two digits, whether or not that is a date of the calendar; else 0."""
-    return per_sample(lambda generation, references: bool(re.search(r"\d{4}-\d{2}-\d{2}", generation)))
+    return per_sample(lambda generation, references: float(bool(re.search(r"\d{4}-\d{2}-\d{2}", generation))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ROUGE
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- ROUGE -----------------------------------------------------------------------------------------------------------
 # Porter's stemmer takes half of rouge-score's time and a text's words come again and again, as do the references.
 porter = SimpleNamespace(stem=lru_cache(maxsize=1 << 18)(PorterStemmer().stem))
 WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Javanese}"
@@ -380,14 +368,11 @@ def rouge_metric(first_reference: bool = False, tokenize: str = "rouge"):
     types = ("rouge1", "rouge2", "rougeL", "rougeLsum")
     scores = rouge_scores(types, first_reference, tokenize)
 
-    def rows(prompts, generations, references, metas):
-        return [scores(*pair) for pair in zip(generations, references, strict=True)]
-
     def combine(rows):
         columns = {type: [row[type] for row in rows] for type in types}
         return {type: (column, sum(column) / len(column)) for type, column in columns.items()}
 
-    return by_sample(rows, combine)
+    return by_sample(per_sample(scores), combine)
 
 
 @lru_cache(maxsize=1)
@@ -422,9 +407,7 @@ def rouge_l_max():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# BLEU, sacreBLEU, chrF
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- BLEU, sacreBLEU, chrF -------------------------------------------------------------------------------------------
 def ngrams(words, order: int):
     """All n-grams of the words as tuples."""
     return zip(*(words[i:] for i in range(order)), strict=False)
@@ -460,10 +443,10 @@ def bleu():
 def bleu_metric():
     """BLEU of each sample, and of the set by summed counts; see `bleu`."""
 
-    def rows(prompts, generations, references, metas):
-        return [bleu_statistics(*pair) for pair in zip(generations, references, strict=True)]
+    def combine(rows):
+        return {"bleu": (list(map(bleu_from, rows)), bleu_from(np.sum(rows, axis=0)))}
 
-    return by_sample(rows, lambda rows: {"bleu": (list(map(bleu_from, rows)), bleu_from(np.sum(rows, axis=0)))})
+    return by_sample(per_sample(bleu_statistics), combine)
 
 
 def streams(references: list[list[str]]) -> list[list[str | None]]:
@@ -491,10 +474,6 @@ def sacrebleu(tokenize: str = "13a"):
 
 def sacrebleu_metric(tokenize: str = "13a"):
     """sacreBLEU/100 of each sample, and of the set by summed counts; see `sacrebleu`."""
-    scorer = sacrebleu_scorer(tokenize)
-
-    def rows(prompts, generations, references, metas):
-        return [scorer(*pair) for pair in zip(generations, references, strict=True)]
 
     def combine(scores):
         matches, totals = (
@@ -504,7 +483,7 @@ def sacrebleu_metric(tokenize: str = "13a"):
         corpus = BLEU.compute_bleu(matches, totals, *lengths, smooth_method="exp")
         return {"sacrebleu": ([score.score / 100 for score in scores], corpus.score / 100)}
 
-    return by_sample(rows, combine)
+    return by_sample(per_sample(sacrebleu_scorer(tokenize)), combine)
 
 
 def chrf():
@@ -524,9 +503,7 @@ def chrf_metric():
     return metric
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# TER and METEOR, which are slow and run in a pool of processes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- TER and METEOR, which are slow and run in a pool of processes ---------------------------------------------------
 def follow_parent() -> None:
     """In a worker: leave Ctrl-C to the parent, end when the parent is gone, however it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -567,19 +544,12 @@ def ter():
     Slow by nature: its search for words to shift takes some 25 ms for a text of 60 words, and seconds for one of 500.
     """
     process_pool()
-
-    def reward(prompts, generations, references, metas):
-        return [1 - rate for rate, _, _ in in_pool(ter_score, generations, references)]
-
-    return reward
+    return lambda prompts, texts, references, metas: [1 - rate for rate, _, _ in in_pool(ter_score, texts, references)]
 
 
 def ter_metric():
     """TER/100 of each sample, and of the set: all edits over all average reference lengths. Lower is better."""
     process_pool()
-
-    def rows(prompts, generations, references, metas):
-        return in_pool(ter_score, generations, references)
 
     def combine(rows):
         rates, edits, lengths = zip(*rows, strict=True)
@@ -587,7 +557,7 @@ def ter_metric():
         corpus = sum(edits) / sum(lengths) if sum(lengths) else float(sum(edits) > 0)
         return {"ter": (list(rates), corpus)}
 
-    return by_sample(rows, combine)
+    return by_sample(lambda prompts, texts, references, metas: in_pool(ter_score, texts, references), combine)
 
 
 def require_nltk(name: str, *packages: str) -> None:
@@ -652,9 +622,7 @@ def meteor(first_reference: bool = False):
     return reward
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CIDEr and SPICE
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- CIDEr and SPICE -------------------------------------------------------------------------------------------------
 def require(module: str, package: str, name: str):
     """The module, imported; UsageError that names the package to install if it is not there."""
     try:
@@ -710,9 +678,8 @@ def spice():
     folder = Path(module.__file__).parent / "lib"
     jars = ["stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"]
     if missing := [jar for jar in jars if not (folder / jar).exists()]:
-        raise UsageError(
-            f"spice needs {' and '.join(missing)} in {folder}: python -m pycocoevalcap.spice.get_stanford_models"
-        )
+        fetch = "python -m pycocoevalcap.spice.get_stanford_models"
+        raise UsageError(f"spice needs {' and '.join(missing)} in {folder}: {fetch}")
     scorer = module.Spice()
 
     def reward(prompts, generations, references, metas):
@@ -743,9 +710,7 @@ def spider(spice_coef: float = 0.5, cider_coef: float = 0.5, tokenize: str = "sp
     return reward
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ToTTo: PARENT and BLEU as in its official evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- ToTTo: PARENT and BLEU as in its official evaluation ------------------------------------------------------------
 CJK = (
     r"\u1100-\u11ff\u2e80-\ua4cf\ua840-\ua87f\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff65-\uffdc\U00020000-\U0002ffff"
 )
@@ -971,9 +936,7 @@ def bleu_totto():
     return metric
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CommonGen's penalty
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- CommonGen's penalty ---------------------------------------------------------------------------------------------
 def repeat_penalty():
     """-1 if the text repeats the prompt's concepts in a row, its prefix, "generate" or "sentence"; else 0.
 
@@ -1001,9 +964,7 @@ def missing_concepts(generation: str, concepts: list[str]) -> int:
     return sum(concept not in text for concept in concepts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Learned rewards
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Learned rewards -------------------------------------------------------------------------------------------------
 def load_pretrained(auto_class, name: str, device: str, reward: str, max_length=None, **tokenizer_options):
     """Tokenizer and model (in eval mode, on the device) by hub name or path, and how many tokens it is to read: those
     that it has positions for, or max_length, if less."""
@@ -1074,15 +1035,9 @@ def classify(model, tokenizer, length: int, batch_size: int, texts, pairs=None, 
 
 
 def classifier(
-    device: str,
-    separator: str,
-    model: str,
-    label: int | str = 1,
-    logit: bool = False,
-    include_prompt: bool = True,
-    batch_size: int = 64,
-    max_length: int | None = None,
-):
+    device: str, separator: str, model: str, label: int | str = 1, logit: bool = False, include_prompt: bool = True,
+    batch_size: int = 64, max_length: int | None = None,
+):  # fmt: skip
     """Probability of one label of any sequence classifier, of prompt + text or of the text alone. In [0, 1].
 
     model: hub name or folder. label: the label's index, or its name in the model's config. The labels' probabilities
@@ -1116,26 +1071,17 @@ def classifier(
 
 
 def sentiment(
-    device: str,
-    separator: str,
-    model: str = "lvwerra/distilbert-imdb",
-    label_ix: int = 1,
-    include_prompt: bool = True,
+    device: str, separator: str, model: str = "lvwerra/distilbert-imdb", label_ix: int = 1, include_prompt: bool = True,
     batch_size: int = 64,
-):
+):  # fmt: skip
     """The probability that a film review is positive: `classifier`, with a default model."""
     return classifier(device, separator, model, label_ix, include_prompt=include_prompt, batch_size=batch_size)
 
 
 def reward_model(
-    device: str,
-    separator: str,
-    model: str,
-    center: float = 0.0,
-    clip: float | None = None,
-    batch_size: int = 16,
+    device: str, separator: str, model: str, center: float = 0.0, clip: float | None = None, batch_size: int = 16,
     max_length: int | None = None,
-):
+):  # fmt: skip
     """The logit of a scalar reward model, as trained on preferences (Bradley-Terry), of prompt and text. Unbounded.
 
     model: hub name or folder of a sequence classifier with one output. center: subtracted, such as the mean score of
@@ -1197,13 +1143,9 @@ def intent_metric(device: str, separator: str, model: str = INTENT_CLASSIFIER, b
 
 
 def intent(
-    device: str,
-    separator: str,
-    model: str = INTENT_CLASSIFIER,
-    intent_coef: float = 1.0,
-    meteor_coef: float = 1.0,
+    device: str, separator: str, model: str = INTENT_CLASSIFIER, intent_coef: float = 1.0, meteor_coef: float = 1.0,
     batch_size: int = 64,
-):
+):  # fmt: skip
     """intent_coef * (1 if the intent is the wanted one) + meteor_coef * METEOR. See `intent_accuracy`, `meteor`."""
     meteor_reward = meteor()  # first: its processes are to be forked before a model is on the device
     accuracy = intent_accuracy(device, separator, model, batch_size)
@@ -1278,13 +1220,9 @@ def bertscore(
 
 
 def commongen_preference(
-    device: str,
-    model: str = "t5-11b",
-    weights: str | None = None,
-    concept_coef: float = 0.0,
-    meteor_coef: float = 0.0,
+    device: str, model: str = "t5-11b", weights: str | None = None, concept_coef: float = 0.0, meteor_coef: float = 0.0,
     batch_size: int = 8,
-):
+):  # fmt: skip
     """P(good) / (1 + concept_coef * missing concepts) + meteor_coef * METEOR, for meta["concepts"].
 
     P(good) is the softmax over the words "good" and "bad" as the first token that a T5 trained on human preferences
@@ -1329,9 +1267,7 @@ def commongen_preference(
     return reward
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SummaC: is the summary entailed by the document (the prompt)?
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- SummaC: is the summary entailed by the document (the prompt)? ---------------------------------------------------
 def split_text(text: str, granularity: str) -> list[str]:
     """The text's pieces of more than 10 characters; as "document" the text itself."""
     if granularity == "document":
@@ -1383,13 +1319,9 @@ def nli_images(device: str, model: str, granularity: str, batch_size: int, name:
 
 
 def summac_zs(
-    device: str,
-    model: str = "roberta-large-mnli",
-    granularity: str = "sentence",
-    use_entailment: bool = True,
-    use_contradiction: bool = True,
-    batch_size: int = 32,
-):
+    device: str, model: str = "roberta-large-mnli", granularity: str = "sentence", use_entailment: bool = True,
+    use_contradiction: bool = True, batch_size: int = 32,
+):  # fmt: skip
     """SummaC-ZS: each sentence's best entailment minus its worst contradiction, mean over the summary. In [-1, 1].
 
     Without contradiction: the entailment, in [0, 1]; without entailment: 1 - contradiction, in [0, 1]. A summary or a
@@ -1420,13 +1352,9 @@ PERCENTILE_BINS = [
 
 
 def summac_conv(
-    device: str,
-    weights: str | None = None,
-    model: str = "tals/albert-xlarge-vitaminc-mnli",
-    granularity: str = "sentence",
-    bins: str = "percentile",
-    batch_size: int = 32,
-):
+    device: str, weights: str | None = None, model: str = "tals/albert-xlarge-vitaminc-mnli",
+    granularity: str = "sentence", bins: str = "percentile", batch_size: int = 32,
+):  # fmt: skip
     """SummaC-Conv: a learned layer over the histogram of each sentence's entailments, then a softmax. In [0, 1].
 
     weights: the trained layers (a state dict with mlp.* and layer_final.*), such as SummaC's published
@@ -1462,9 +1390,7 @@ def summac_conv(
     return reward
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics that are no rewards
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Metrics that are no rewards -------------------------------------------------------------------------------------
 def segmental_ttr(words: list[str], window: int) -> float:
     """Mean type-token ratio of the whole windows of the text; of all its words if they fill none."""
     whole = [words[i : i + window] for i in range(0, len(words) - window + 1, window)] or [words]
@@ -1582,9 +1508,7 @@ def evaluate_metric(name: str, kwargs: dict) -> Callable:
     return metric
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tables
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The tables ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Entry:
     """How to make a reward or metric from its options, and what it needs of a sample, possibly by those options."""
@@ -1600,15 +1524,14 @@ SPACED = (*REFERENCES, "spaced")  # sees words between spaces
 WORDED = (*REFERENCES, "worded")  # sees the letters and digits of any language
 
 
-def needs_of_tokens(options: dict) -> tuple[str, ...]:
+def needs_of_tokens(options: dict, default: str | None = None) -> tuple[str, ...]:
     """Of a reward with a `tokenize` of its own; these do not part what is written without spaces, the others do."""
     return {"rouge": LATIN, "unicode": WORDED, **dict.fromkeys((None, "spacy", "13a", "intl", "none"), SPACED)}.get(
-        options.get("tokenize"), REFERENCES
+        options.get("tokenize", default), REFERENCES
     )
 
 
-def needs_of_rouge(options: dict) -> tuple[str, ...]:
-    return needs_of_tokens({"tokenize": "rouge", **options})
+needs_of_rouge = partial(needs_of_tokens, default="rouge")
 
 
 def needs_of_perplexity(options: dict) -> tuple[str, ...]:
@@ -1662,9 +1585,7 @@ METRICS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the scripts call to make them
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What the scripts call to make them ------------------------------------------------------------------------------
 LOOKED_AT = 1000  # samples whose references and metas are checked before a run; there may be millions
 
 
@@ -1824,9 +1745,7 @@ def describe_error(error) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({place.filename}:{place.lineno})"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What cannot work, said before a model is loaded
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What cannot work, said before a model is loaded -----------------------------------------------------------------
 def checked_options(kind: str, names, typed, defaults, samples) -> dict[str, dict]:
     """{name: its options}; UsageError if samples lack what one of them works on."""
     options = parse_kwargs(typed, names, defaults)

@@ -727,7 +727,7 @@ def test_describe_lengths(monkeypatch):
     line = datapools.describe_lengths(tokenizer, samples, 10, 9)
     assert line == (
         "prompts: 8 tokens (median), 12 (95%), 20.0% truncated to 10; "
-        "references: 6 (median), 10 (95%), 20.0% longer than a response can be"
+        "references: 6 tokens (median), 10 (95%), 20.0% longer than a response can be"
     )
     chat = [Sample("", [{"role": "user", "content": "a"}], [], {})] * 2
     line = datapools.describe_lengths(tokenizer, chat, 10, 9)
