@@ -59,7 +59,10 @@ csv.field_size_limit(2**31 - 1)  # articles are longer than the 131,072 characte
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}  # our name -> the hub's, others
 # any one of these tells transformers what the tokenizer is; without one it makes up an empty one
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a loadable copy of a dataset that has a loading script
 OWN_FILES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".json", ".json.gz")
 UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error)  # what reading a text file, gzipped or not, can raise

@@ -380,7 +380,8 @@ def test_uniforms_do_not_depend_on_who_asks(script):
             assert torch.equal(script.uniforms(5, 9, range(rank, 8, world_size), 20), whole[rank::world_size])
     assert torch.equal(script.uniforms(5, 9, [6], 7), whole[6:7, :7])
     assert torch.equal(script.uniforms(5, 9, [3, 1], 20), whole[[3, 1]])
-    others = [script.uniforms(*counter, range(8), 20) for counter in ((6, 9), (5, 10), (5, script.EVALUATION_STREAM))]
+    counters = ((6, 9), (5, 10), (5, script.EVALUATION_STREAM), (2**53, 9), (2**53 + 1, 9))  # no seed is cut to a float
+    others = [script.uniforms(*counter, range(8), 20) for counter in counters]
     everything = torch.cat([whole, *others]).flatten()
     assert len(everything.unique()) == everything.numel(), "numbers come twice"
 

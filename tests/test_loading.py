@@ -4,10 +4,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from test_models import load, save
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import datapools
 import ppo_causal
@@ -228,3 +230,17 @@ def test_lengths_at_which_one_row_changes_the_others(kind, gpt2):
     folder = save("llama", False, gpt2.parent / kind, rope_parameters=rope)
     with pytest.raises(datapools.UsageError, match=r"--prompt-length \+ --response-length 24.* 20 positions"):
         load("llama", False, folder)
+
+
+@pytest.mark.parametrize("kind, file", [
+    ("t5", "spiece.model"), ("llama", "tokenizer.model"), ("gemma", "tokenizer.model"),
+    ("mbart", "sentencepiece.bpe.model"),
+])  # fmt: skip
+def test_a_folder_with_nothing_but_a_sentencepiece_model(kind, file, tmp_path):
+    texts, ids = ["the house of the cat is green", "say: catdog 1 2 3"] * 40, dict(pad_id=0, eos_id=1, unk_id=2)
+    with open(tmp_path / file, "wb") as model:
+        options = dict(model_writer=model, vocab_size=40, hard_vocab_limit=False, bos_id=-1, minloglevel=2, **ids)
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), **options)
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    tokenizer = datapools.load_tokenizer(str(tmp_path))
+    assert tokenizer.decode(tokenizer("the green house").input_ids, skip_special_tokens=True) == "the green house"
