@@ -927,7 +927,7 @@ def eos_ids(tokenizer, generation_config, vocabulary: int) -> list[int]:
 
 def describe_lengths(tokenizer, samples, max_length: int, response_length: int) -> str:
     """One line on how long prompts and references are in tokens, and how many are cut, by at most 2,000 samples."""
-    few = samples.take(np.unique(np.linspace(0, len(samples) - 1, 2000).astype(int)))
+    few = [samples[int(i)] for i in np.unique(np.linspace(0, len(samples) - 1, 2000).astype(int))]
 
     def spread(texts, **options):
         lengths = np.array([len(row) for row in tokenizer(texts, verbose=False, **options).input_ids])
