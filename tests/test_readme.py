@@ -1,5 +1,6 @@
 """The README's commands and examples, run as they stand there, in a copy of the scripts; the long ones cut short."""
 
+import importlib.metadata
 import json
 import re
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from script_runs import ROOT, run_ok
 
 TEXT = (ROOT / "README.md").read_text()
@@ -83,3 +85,14 @@ def test_own_task_learns(checkout):
     rows = [json.loads(line) for line in (checkout / "runs" / "next_ppo" / "eval.jsonl").read_text().splitlines()]
     before, *_, after = [row["chrf"] for row in rows if row["split"] == "val"]
     assert after > before + 0.05
+
+
+def test_python_versions():
+    """README's least Python is one that every pinned package takes, as their metadata say, and that ruff checks."""
+    least = re.search(r"^Python (3\.\d+) or later", TEXT, re.M)[1]
+    assert f'target-version = "py{least.replace(".", "")}"' in (ROOT / "ruff.toml").read_text()
+    pins = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
+    assert len(pins) > 20
+    for name in pins:
+        needed = importlib.metadata.metadata(name)["Requires-Python"]
+        assert needed is None or f"{least}.0" in SpecifierSet(needed), f"{name} needs Python {needed}"
