@@ -199,7 +199,7 @@ def test_a_rejected_step(case, capsys):
         variables["advantages"] = torch.zeros(B, T)
     before, critic = (copy.deepcopy(variables[name].state_dict()) for name in ("policy", "value_model"))
     after = run_steps("trpo", 6, 6, **variables)
-    assert not after["accepted"]
+    assert not after["accepted"] and after["line_search_steps"] == variables["args"].line_search_steps
     assert all(torch.equal(before[name], tensor) for name, tensor in variables["policy"].state_dict().items())
     assert after["improvement"] == after["kl_after"] == after["step_size"] == 0.0
     assert "iteration 7: no step" in capsys.readouterr().out
