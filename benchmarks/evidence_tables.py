@@ -87,7 +87,10 @@ def result_table(task, runs):
     lines.append("| " + " | ".join(["supervised", "", "", *cells, "0", f"{start[task.score]:.3f}"]) + " |")
     for label, (setting, folders) in runs.items():
         tests = [last_test(folder) for folder in folders.values()]
-        cells = [mean_and_interval([test[key] for test in tests]) for key in (task.score, *task.others.values(), "kl")]
+        cells = [
+            mean_and_interval([test[key] for test in tests], digits=0 if "perplexity" in key else 3)
+            for key in (task.score, *task.others.values(), "kl")
+        ]
         cells.append(mean_and_interval([objective(task, test) for test in tests]))
         lines.append("| " + " | ".join([label, setting_text(setting), str(len(folders)), *cells]) + " |")
     return lines
