@@ -288,7 +288,7 @@ def report(script, shape, options):
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), shape)
         job = script, folder, shape, options
-        paths = dict(script=HERE) | (dict(old=Path(options["against"]).resolve()) if options["against"] else {})
+        paths = dict(script=HERE) | {path: Path(path).resolve() for path in options["against"]}
         sides = {name: Side(1, str(path / f"{script}.py"), *job) for name, path in paths.items()}
         sides["floor"] = Side(1, "floor", *job)
         if options["processes"] > 1:
@@ -322,7 +322,8 @@ def main():
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES)[:4])
     parser.add_argument("--scripts", nargs="+", choices=("ppo", "nlpo", "a2c", "grpo"), default=["ppo", "nlpo"])
     parser.add_argument("--turns", type=int, default=5, help="iterations of each side after its warm-up")
-    parser.add_argument("--against", help="a folder with another version of the scripts")
+    parser.add_argument("--against", nargs="+", default=[], help="folders with other versions of the scripts")
+    parser.add_argument("--vocab-size", type=int, help="default: the shape's")
     parser.add_argument("--processes", type=int, default=1, help="a side of so many that share the batch")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--micro-batch-size", type=int, default=16)
@@ -335,6 +336,8 @@ def main():
     for name in options["shape"]:
         shape = dict(zip(COLUMNS, SHAPES[name], strict=True), name=name, causal=name.startswith("causal"))
         shape |= {column: options[column] for column in COLUMNS[1:] if options[column]}
+        if options["vocab_size"]:
+            shape["config"] = shape["config"] | dict(vocab_size=options["vocab_size"])
         for script in options["scripts"]:
             kind = "causal" if shape["causal"] else "seq2seq"
             report(f"{script}_{kind}" if script in ("ppo", "nlpo") else script, shape, options)
