@@ -279,13 +279,14 @@ def main():
         update_sums = torch.zeros(len(UPDATE_FIGURES) + 1, dtype=torch.float64, device=device)
         for _, mb in micro_batches(batch, args.micro_batch_size):
             with torch.autocast(**autocast):
-                logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)  # (b, T, V)
+                logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour).unbind()  # b of (T, V)
                 new_values = value_model(mb)  # (b, T)
             pg_loss = -mb.advantages * token_logprobs(logits, mb.responses)
             v_loss = (new_values - mb.returns) ** 2
             loss = args.vf_coef * v_loss if warming_up else pg_loss + args.vf_coef * v_loss
             if args.ent_coef and not warming_up:
                 loss = loss - args.ent_coef * token_entropy(logits)
+            del logits  # the gradient needs them no more
             # a mean over the tokens of the whole batch, whose parts and processes are added up
             ((loss * mb.mask).sum() / tokens).backward()
             with torch.no_grad():
@@ -497,8 +498,8 @@ def response_pass(model, mb, **options):
 
 def response_logits(policy, mb):
     """Logits (B, T, V) of all response tokens in one pass, and of no prompt token."""
-    T = mb.responses.shape[1]
-    return response_pass(policy, mb, logits_to_keep=T).logits[:, -T:]
+    logits = response_pass(policy, mb, logits_to_keep=mb.responses.shape[1]).logits
+    return logits[:, logits.shape[1] - mb.responses.shape[1] :]  # of all, from 0: a slice's gradient is a copy
 
 
 def forward(model, **inputs):
@@ -542,16 +543,19 @@ def behaviour_logits(logits, first_position, temperature, min_response_length, e
 
 def token_logprobs(logits, responses):
     """log pi(a_t | s_t) of the sampled tokens: logits (B, T, V), responses (B, T) -> (B, T)."""
-    return -F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none").view_as(responses)
+    # one sequence at a time, as whose gradients come, what they were made of goes
+    return torch.stack([-F.cross_entropy(*row, reduction="none") for row in zip(logits, responses, strict=True)])
 
 
 def token_entropy(logits):
     """Entropy in nats of each distribution: (B, T, V) -> (B, T); banned tokens count 0, also in the gradient."""
-    entropy = []
-    for row in logits.unbind():  # one sequence at a time: what that takes stays in the processor's cache
-        logprobs = row.log_softmax(-1)
-        entropy.append(-(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1))
-    return torch.stack(entropy)
+
+    def entropy(logits):  # of one sequence, which stays in the processor's cache: (T, V) -> (T,)
+        logprobs = logits.log_softmax(-1)
+        return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+
+    # computed again for the gradient, which would otherwise keep four copies of the logits
+    return torch.stack([torch.utils.checkpoint.checkpoint(entropy, row, use_reentrant=False) for row in logits])
 
 
 def micro_batches(batch, size):
@@ -629,7 +633,7 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, wa
         tokens = draw(logits, uniform[:, t])
         mask[:, t] = running
         responses[:, t] = tokens.where(running, pad_id)
-        logprobs[:, t] = token_logprobs(logits.unsqueeze(1), tokens.unsqueeze(1)).squeeze(1) * running
+        logprobs[:, t] = token_logprobs(logits.unsqueeze(0), tokens.unsqueeze(0)).squeeze(0) * running
         inputs = responses[:, t : t + 1]
         running = running & ~torch.isin(tokens, behaviour["eos"])
         if (t + 1) % ask_every == 0 and not any_running(running, policy):

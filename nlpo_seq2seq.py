@@ -308,7 +308,7 @@ def main():
             for _, mb in micro_batches(minibatch, args.micro_batch_size):
                 with torch.autocast(**autocast):
                     logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)  # (b, T, V)
-                    logits = within_mask(logits, mb)
+                    logits = within_mask(logits, mb).unbind()
                     new_values = value_model(mb)  # (b, T)
                 new_logprobs = token_logprobs(logits, mb.responses)  # (b, T)
                 log_ratio = (new_logprobs - mb.logprobs) * mb.mask
@@ -322,6 +322,7 @@ def main():
                 loss = args.vf_coef * v_loss if warming_up else pg_loss + args.vf_coef * v_loss
                 if args.ent_coef and not warming_up:
                     loss = loss - args.ent_coef * token_entropy(logits)
+                del logits  # the gradient needs them no more
                 # a mean over the tokens of the whole minibatch, whose parts and processes are added up
                 ((loss * mb.mask).sum() / mb_tokens).backward()
                 with torch.no_grad():
@@ -461,7 +462,7 @@ def within_mask(logits, mb):
     if "action_masks" not in vars(mb):
         return logits
     bits = mb.action_masks.unsqueeze(-1) >> torch.arange(8, device=logits.device, dtype=torch.uint8) & 1
-    return logits.masked_fill(bits.flatten(-2)[..., : logits.shape[-1]] == 0, -math.inf)
+    return logits.masked_fill_(bits.flatten(-2)[..., : logits.shape[-1]] == 0, -math.inf)
 
 
 def moments(x, mask):
@@ -585,8 +586,8 @@ def response_pass(model, mb, **options):
 
 def response_logits(policy, mb):
     """Logits (B, T, V) of all response tokens in one pass, and of no prompt token."""
-    T = mb.responses.shape[1]
-    return response_pass(policy, mb, logits_to_keep=T).logits[:, -T:]
+    logits = response_pass(policy, mb, logits_to_keep=mb.responses.shape[1]).logits
+    return logits[:, logits.shape[1] - mb.responses.shape[1] :]  # of all, from 0: a slice's gradient is a copy
 
 
 def forward(model, **inputs):
@@ -630,16 +631,19 @@ def behaviour_logits(logits, first_position, temperature, min_response_length, e
 
 def token_logprobs(logits, responses):
     """log pi(a_t | s_t) of the sampled tokens: logits (B, T, V), responses (B, T) -> (B, T)."""
-    return -F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none").view_as(responses)
+    # one sequence at a time, as whose gradients come, what they were made of goes
+    return torch.stack([-F.cross_entropy(*row, reduction="none") for row in zip(logits, responses, strict=True)])
 
 
 def token_entropy(logits):
     """Entropy in nats of each distribution: (B, T, V) -> (B, T); banned tokens count 0, also in the gradient."""
-    entropy = []
-    for row in logits.unbind():  # one sequence at a time: what that takes stays in the processor's cache
-        logprobs = row.log_softmax(-1)
-        entropy.append(-(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1))
-    return torch.stack(entropy)
+
+    def entropy(logits):  # of one sequence, which stays in the processor's cache: (T, V) -> (T,)
+        logprobs = logits.log_softmax(-1)
+        return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+
+    # computed again for the gradient, which would otherwise keep four copies of the logits
+    return torch.stack([torch.utils.checkpoint.checkpoint(entropy, row, use_reentrant=False) for row in logits])
 
 
 def micro_batches(batch, size):

@@ -440,8 +440,8 @@ def response_pass(model, mb, **options):
 
 def response_logits(policy, mb):
     """Logits (B, T, V) of all response tokens in one pass, and of no prompt token."""
-    T = mb.responses.shape[1]
-    return response_pass(policy, mb, logits_to_keep=T).logits[:, -T:]
+    logits = response_pass(policy, mb, logits_to_keep=mb.responses.shape[1]).logits
+    return logits[:, logits.shape[1] - mb.responses.shape[1] :]  # of all, from 0: a slice's gradient is a copy
 
 
 def forward(model, **inputs):
@@ -485,7 +485,8 @@ def behaviour_logits(logits, first_position, temperature, min_response_length, e
 
 def token_logprobs(logits, responses):
     """log pi(a_t | s_t) of the sampled tokens: logits (B, T, V), responses (B, T) -> (B, T)."""
-    return -F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none").view_as(responses)
+    # one sequence at a time, as whose gradients come, what they were made of goes
+    return torch.stack([-F.cross_entropy(*row, reduction="none") for row in zip(logits, responses, strict=True)])
 
 
 def micro_batches(batch, size):
@@ -541,7 +542,7 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, wa
         tokens = draw(logits, uniform[:, t])
         mask[:, t] = running
         responses[:, t] = tokens.where(running, pad_id)
-        logprobs[:, t] = token_logprobs(logits.unsqueeze(1), tokens.unsqueeze(1)).squeeze(1) * running
+        logprobs[:, t] = token_logprobs(logits.unsqueeze(0), tokens.unsqueeze(0)).squeeze(0) * running
         inputs = responses[:, t : t + 1]
         running = running & ~torch.isin(tokens, behaviour["eos"])
         if (t + 1) % ask_every == 0 and not any_running(running, policy):
