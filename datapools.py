@@ -941,6 +941,8 @@ def describe_lengths(tokenizer, samples, max_length: int, response_length: int) 
     if references:
         lengths, said = spread(references, add_special_tokens=False)
         line += f"; references: {said}, {np.mean(lengths >= response_length):.1%} longer than a response can be"
+    # an update holds two copies of the logits, with an entropy bonus three
+    line += f"; logits of an update: {8 * response_length * len(tokenizer) / 2**20:.1f} MiB a sequence"
     if len(few) > 1 and len(set(prompts)) == 1:
         line += "; all prompts are the same: val and test measure the same, up to their references"
     return line

@@ -148,7 +148,7 @@ class Args:
 
     # --- the machine
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1  # of everything that is drawn: prompts, tokens, minibatches
-    micro_batch_size: PositiveInt = 16  # sequences per pass of one process; memory and speed, not results
+    micro_batch_size: PositiveInt = 16  # sequences a pass: memory (8 bytes x tokens x vocabulary of each), not results
     sample_batch_size: PositiveInt = 32  # sequences sampled at once by one process; likewise
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 autocasts the passes, but for heads and losses
     gradient_checkpointing: bool = False  # keep a layer's input alone, and compute the rest again for its gradient

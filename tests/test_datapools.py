@@ -727,7 +727,11 @@ def test_describe_lengths(monkeypatch):
     line = datapools.describe_lengths(tokenizer, samples, 10, 9)
     assert line == (
         "prompts: 8 tokens (median), 12 (95%), 20.0% truncated to 10; "
-        "references: 6 tokens (median), 10 (95%), 20.0% longer than a response can be"
+        "references: 6 tokens (median), 10 (95%), 20.0% longer than a response can be; "
+        "logits of an update: 0.0 MiB a sequence"
+    )
+    assert f"update: {8 * 10**5 * len(tokenizer) / 2**20:.1f} MiB" in datapools.describe_lengths(
+        tokenizer, samples, 10, 10**5
     )
     chat = [Sample("", [{"role": "user", "content": "a"}], [], {})] * 2
     line = datapools.describe_lengths(tokenizer, chat, 10, 9)
