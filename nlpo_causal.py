@@ -440,20 +440,17 @@ def make_action_mask(logits, mask_type, top_mask, min_tokens_to_keep, special_id
         # numpy sorts values alone; torch sorts their places too, on a CPU at ten times the cost
         rising = probs.sort(-1).values if probs.is_cuda else torch.from_numpy(np.sort(probs.numpy()))
         falling = rising.flip(-1)
-        # a token is kept while those likelier than it do not reach top_mask
-        kept = (falling.cumsum(-1) < top_mask).sum(-1, keepdim=True) + 1  # (B, 1)
-        kept = kept.clamp(min=min_tokens_to_keep).clamp(max=logits.shape[-1])
-        least = falling.gather(1, kept - 1)
-        mask, ties = probs > least, probs == least
-        mask |= ties & (ties.cumsum(-1) <= kept - mask.sum(-1, keepdim=True))  # of equal ones the first
+        # a token is kept while those likelier than it do not reach top_mask: of equal ones all are
+        last = torch.searchsorted(falling.cumsum(-1), falling.new_full((len(logits), 1), top_mask))  # (B, 1)
+        mask = probs >= falling.gather(1, last.clamp(min=min_tokens_to_keep - 1).clamp(max=logits.shape[-1] - 1))
     mask[:, special_ids] = True
     return mask
 
 
 def pack(mask):
     """(..., V) bool -> (..., ceil(V / 8)) uint8: the masks of a rollout in an eighth of the memory."""
-    bits = F.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+    eights = F.pad(mask, (0, -mask.shape[-1] % 8)).view(torch.int64)
+    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)  # each of eight bytes moves its bit into the highest
 
 
 def within_mask(logits, mb):

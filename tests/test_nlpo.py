@@ -58,6 +58,16 @@ def test_mask_is_the_smallest_set(kind, mask_type, top_mask, least):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_of_equal_tokens_all_are_kept(kind):
+    """Which of them are in the mask is not chance's, nor their ids'; what is less likely than they are is out."""
+    script = importlib.import_module(f"nlpo_{kind}")
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [0.0] * 5, [9.0, 0.0, 0.0, 0.0, -1.0]])
+    for least, thirds in ((1, [True] + [False] * 4), (2, [True] * 4 + [False])):
+        mask = script.make_action_mask(logits, "learned_top_p", 0.5, least, [])
+        assert mask.tolist() == [[False, True, True, True, False], [True] * 5, thirds]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_all_probability_keeps_all(kind):
     script = importlib.import_module(f"nlpo_{kind}")
     logits = torch.tensor([[50.0, -50.0, 0.0, -1000.0]])
