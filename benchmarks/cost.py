@@ -11,6 +11,7 @@ are read, not repeated.
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def ours(script, model, seed, run_dir):
     if not result.exists():
         words = [sys.executable, ROOT / f"{script}.py", "--task", "numbers", "--model", model, "--seed", seed]
         words += ["--eval-every", 10000, "--save-every", 10000, "--eval-samples", 1]
+        for left in (run_dir, Path(f"{run_dir}_start")):  # of a run that was stopped
+            shutil.rmtree(left, ignore_errors=True)
         start = cpu_seconds([*words, "--num-iterations", 0, "--run-dir", f"{run_dir}_start"], f"{run_dir}.log")
         whole = cpu_seconds([*words, "--run-dir", run_dir], f"{run_dir}.log")
         scores = [json.loads(row)["objective/score"] for row in (run_dir / "metrics.jsonl").read_text().splitlines()]
