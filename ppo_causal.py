@@ -86,6 +86,7 @@ TASK_DEFAULTS = {
     "crd3 daily_dialog":                      (64, 8, 5, 50, 2e-6, 0.2, 0.5),
 }  # fmt: skip
 Fraction = Annotated[float, Field(ge=0, le=1)]
+UPDATE_FIGURES = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clipfrac", "losses/ratio")
 
 
 @dataclass
@@ -214,16 +215,14 @@ def main():
         iteration += 1
         started = seconds(device)
         if args.anneal_lr:
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
 
         # 1. sample responses; this process has the samples rank, rank + world_size, ... of the batch
         own = range(rank, args.batch_size, world_size)
         positions = [(iteration - 1) * args.batch_size + i for i in own]
         samples = train.take(datapools.prompt_order(positions, len(train), args.seed))
-        prompt_ids, queries, query_mask = datapools.encode_batch(
-            tokenizer, samples, args, pad_id, device, seq2seq=False
-        )
+        # lists of ids, the same padded (B, Q), and where they are
+        prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, samples, args, pad_id, device, False)
         uniform = uniforms(args.seed, iteration, own, T).to(device)  # (B, T)
         warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
         with torch.autocast(**autocast):
@@ -241,8 +240,9 @@ def main():
         # 2. score the texts, while a thread makes the passes of step 3
         passes = thread.submit(rollout_passes, policy, reference, value_model, batch, behaviour, autocast, args)
         scores, means = score_texts(reward_functions, args.reward_weights, samples, generations, token_ids, iteration)
+        # a sample's score at its last token, or those of a reward of tokens at each
         scores = F.pad(scores, (0, T - scores.shape[1])).to(device)  # (B, T)
-        if args.eos_penalty is not None:
+        if args.eos_penalty is not None:  # in place of the score of its text
             scores = torch.where(finished.unsqueeze(1), scores, F.one_hot(mask.sum(1) - 1, T) * args.eos_penalty)
         score_ended = seconds(device)
 
@@ -268,9 +268,9 @@ def main():
         batch |= dict(logprobs=logprobs, values=values, advantages=advantages, returns=returns)
         warming_up = iteration <= args.value_warmup_iterations
         learning = (value_model,) if warming_up else (policy, value_model)
-        update_sums = torch.zeros(len(UPDATE_FIGURES) + 1, dtype=torch.float64, device=device)
+        update_sums = torch.zeros(len(UPDATE_FIGURES) + 1, dtype=torch.float64, device=device)  # the last: tokens
         grad_norms = []
-        for mb_rows in minibatch_rows(args, iteration, rank, world_size):  # epoch by epoch
+        for mb_rows in minibatch_rows(args, iteration, rank, world_size):  # of all epochs
             minibatch = {name: tensor[mb_rows] for name, tensor in batch.items()}
             mb_tokens = all_reduce_sum(minibatch["mask"].sum())
             if args.norm_adv:
@@ -317,7 +317,7 @@ def main():
             kl_coef = next_kl_coef(kl_coef, mean_kl, args.target_kl)
 
         # 8. log: every figure is over all processes, those of the update over all its minibatches
-        score, sums = total(scores.sum()) / args.batch_size, [total(x) for x in update_sums]
+        score, sums = total(scores.sum()) / args.batch_size, all_reduce_sum(update_sums).tolist()
         (_, unexplained), (_, variance) = moments(returns - values, mask), moments(returns, mask)
         log_ended = seconds(device)
         norms = torch.tensor(grad_norms).mean(0).tolist() if grad_norms else [0.0]
@@ -376,7 +376,7 @@ def main():
 
 
 def gae(rewards, values, mask, gamma, gae_lambda):
-    """Advantages (B, T), https://arxiv.org/abs/1506.02438 (16); every sequence ends, so what follows it is worth 0."""
+    """Advantages (B, T), https://arxiv.org/abs/1506.02438 (16); what follows the last token, EOS or not, is worth 0."""
     advantages = torch.zeros_like(rewards)
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in reversed(range(rewards.shape[1])):
@@ -429,13 +429,9 @@ def load_config(args):
 
 def load_weights(auto_class, flag, name):
     """A model in float32, dropout off; UsageError if files are broken, or leave any weight at random."""
+    options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # which is said below
     try:
-        model, info = auto_class.from_pretrained(
-            name,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below
-        )
+        model, info = auto_class.from_pretrained(name, **options)
     except LOADING_ERRORS as error:
         raise UsageError(f"{flag} {name}: cannot be loaded: {error!r:.300}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -570,7 +566,7 @@ def micro_batches(batch, size):
         prompts, responses = slice(columns[0, 0], columns[-1, 0] + 1), slice(lengths[rows].max())
         cuts = {"queries": prompts, "query_mask": prompts}
         part = {name: tensor[rows] for name, tensor in batch.items()}
-        yield rows, SimpleNamespace(**{n: x[:, cuts.get(n, responses)] if x.ndim > 1 else x for n, x in part.items()})
+        yield rows, SimpleNamespace(**{name: x[:, cuts.get(name, responses)] for name, x in part.items()})
 
 
 @torch.no_grad()
@@ -629,8 +625,10 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, wa
         logprobs[:, t] = token_logprobs(logits.unsqueeze(0), tokens.unsqueeze(0)).squeeze(0) * running
         inputs = responses[:, t : t + 1]
         running = running & ~torch.isin(tokens, behaviour["eos"])
-        if (t + 1) % ask_every == 0 and not any_running(running, policy):
-            break
+        if (t + 1) % ask_every == 0:
+            # the holders of a sharded policy take every step together, as each needs all parts
+            if not (total(running.sum()) if isinstance(policy, FSDPModule) else running.any()):
+                break
     return responses, mask, logprobs
 
 
@@ -652,13 +650,6 @@ def decode_step(policy, state, inputs):
     return outputs.logits[:, -1:]
 
 
-def any_running(running, policy):
-    """Whether to go on; the holders of a sharded policy take every step together, as each needs all parts."""
-    if isinstance(policy, FSDPModule):
-        return total(running.sum()) > 0
-    return running.any()
-
-
 def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args):
     """UsageError unless sampling with a cache, one pass, and one pass of each row alone give the same, tried on a few
     prompts (B, Q): a model whose cache, positions or attention do not fit is refused by what it does, not by name."""
@@ -666,7 +657,7 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
     uniform = torch.full((len(queries), 4), 0.5, device=queries.device)
     try:
         with torch.no_grad():
-            responses, mask, sampled, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
+            responses, mask, sampled = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
             batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
             figures = torch.zeros(2, *mask.shape, 2, device=mask.device)
             for where, size in enumerate((len(mask), 1)):  # all rows in one pass, and each alone
@@ -710,7 +701,7 @@ def decode_split(policy, tokenizer, samples, decoding, args, device):
                 behaviour = dict(temperature=temperature, min_response_length=least, eos=eos)
                 warpers = [TopKLogitsWarper(decoding["top_k"])] if decoding.get("top_k") else []
                 warpers += [TopPLogitsWarper(decoding["top_p"])] if decoding.get("top_p") else []
-                responses, mask, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers)
+                responses, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers)
             else:
                 responses = beam_search(policy, queries, query_mask)
         generations = datapools.decode_responses(tokenizer, prompt_ids, until_eos(responses, eos), seq2seq)
@@ -872,7 +863,7 @@ def open_run_dir(args, record, rank):
 
 
 def save_checkpoint(run_dir, state, rank):
-    """Writes checkpoint/latest.pt aside, then renames: a crash at any moment leaves it or previous.pt whole.
+    """Writes checkpoint/latest.pt aside, then renames: a crash at any moment leaves it whole, a bad disk previous.pt.
 
     The logs are in it, since what a run writes after its checkpoint will come again when it is resumed.
     """
@@ -1063,14 +1054,8 @@ def total(x):
 
 def gathered(state, rank):
     """The state with all sharded tensors whole and on the CPU, for rank 0; to be called on all processes."""
-
-    def whole(tensor):
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-            return tensor.cpu() if rank == 0 else None
-        return tensor
-
-    return tree_map(whole, state)
+    place = "cpu" if rank == 0 else "meta"  # others take part, and keep nothing
+    return tree_map(lambda x: x.full_tensor().to(place) if isinstance(x, DTensor) else x, state)
 
 
 def checksum(model):
@@ -1106,7 +1091,6 @@ def seconds(device):
 TOKENS, MINIBATCHES = range(2)
 EVALUATION_STREAM = 2**63 - 1  # no iteration has this number
 
-UPDATE_FIGURES = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clipfrac", "losses/ratio")
 SHOWN = ("objective/score", "objective/kl", "losses/nll", "time/tokens_per_second")
 
 

@@ -154,8 +154,7 @@ def main():
         iteration += 1
         started = seconds(device)
         if args.anneal_lr:
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
 
         # 1. a batch; this process has the samples rank, rank + world_size, ... of it
         positions = [(iteration - 1) * args.batch_size + i for i in range(rank, args.batch_size, world_size)]
@@ -510,7 +509,7 @@ def open_run_dir(args, record, rank):
 
 
 def save_checkpoint(run_dir, state, rank):
-    """Writes checkpoint/latest.pt aside, then renames: a crash at any moment leaves it or previous.pt whole.
+    """Writes checkpoint/latest.pt aside, then renames: a crash at any moment leaves it whole, a bad disk previous.pt.
 
     The logs are in it, since what a run writes after its checkpoint will come again when it is resumed.
     """
@@ -701,14 +700,8 @@ def total(x):
 
 def gathered(state, rank):
     """The state with all sharded tensors whole and on the CPU, for rank 0; to be called on all processes."""
-
-    def whole(tensor):
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-            return tensor.cpu() if rank == 0 else None
-        return tensor
-
-    return tree_map(whole, state)
+    place = "cpu" if rank == 0 else "meta"  # others take part, and keep nothing
+    return tree_map(lambda x: x.full_tensor().to(place) if isinstance(x, DTensor) else x, state)
 
 
 def checksum(model):

@@ -202,8 +202,7 @@ def main():
         iteration += 1
         started = seconds(device)
         if args.anneal_lr:
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
 
         # 1. a batch; this process has the pairs rank, rank + world_size, ... of it
         positions = [(iteration - 1) * args.batch_size + i for i in range(rank, args.batch_size, world_size)]
@@ -371,13 +370,9 @@ def load_config(args):
 
 def load_weights(auto_class, flag, name):
     """A model in float32, dropout off; UsageError if files are broken, or leave any weight at random."""
+    options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # which is said below
     try:
-        model, info = auto_class.from_pretrained(
-            name,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below
-        )
+        model, info = auto_class.from_pretrained(name, **options)
     except LOADING_ERRORS as error:
         raise UsageError(f"{flag} {name}: cannot be loaded: {error!r:.300}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -500,7 +495,7 @@ def micro_batches(batch, size):
         prompts, responses = slice(columns[0, 0], columns[-1, 0] + 1), slice(lengths[rows].max())
         cuts = {"queries": prompts, "query_mask": prompts}
         part = {name: tensor[rows] for name, tensor in batch.items()}
-        yield rows, SimpleNamespace(**{n: x[:, cuts.get(n, responses)] if x.ndim > 1 else x for n, x in part.items()})
+        yield rows, SimpleNamespace(**{name: x[:, cuts.get(name, responses)] for name, x in part.items()})
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -545,8 +540,10 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, wa
         logprobs[:, t] = token_logprobs(logits.unsqueeze(0), tokens.unsqueeze(0)).squeeze(0) * running
         inputs = responses[:, t : t + 1]
         running = running & ~torch.isin(tokens, behaviour["eos"])
-        if (t + 1) % ask_every == 0 and not any_running(running, policy):
-            break
+        if (t + 1) % ask_every == 0:
+            # the holders of a sharded policy take every step together, as each needs all parts
+            if not (total(running.sum()) if isinstance(policy, FSDPModule) else running.any()):
+                break
     return responses, mask, logprobs
 
 
@@ -577,13 +574,6 @@ def decode_step(policy, state, inputs):
     return outputs.logits[:, -1:]
 
 
-def any_running(running, policy):
-    """Whether to go on; the holders of a sharded policy take every step together, as each needs all parts."""
-    if isinstance(policy, FSDPModule):
-        return total(running.sum()) > 0
-    return running.any()
-
-
 def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args):
     """UsageError unless sampling with a cache, one pass, and one pass of each row alone give the same, tried on a few
     prompts (B, Q): a model whose cache, positions or attention do not fit is refused by what it does, not by name."""
@@ -591,7 +581,7 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
     uniform = torch.full((len(queries), 4), 0.5, device=queries.device)
     try:
         with torch.no_grad():
-            responses, mask, sampled, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
+            responses, mask, sampled = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
             batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
             figures = torch.zeros(2, *mask.shape, 2, device=mask.device)
             for where, size in enumerate((len(mask), 1)):  # all rows in one pass, and each alone
@@ -635,7 +625,7 @@ def decode_split(policy, tokenizer, samples, decoding, args, device):
                 behaviour = dict(temperature=temperature, min_response_length=least, eos=eos)
                 warpers = [TopKLogitsWarper(decoding["top_k"])] if decoding.get("top_k") else []
                 warpers += [TopPLogitsWarper(decoding["top_p"])] if decoding.get("top_p") else []
-                responses, mask, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers)
+                responses, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers)
             else:
                 responses = beam_search(policy, queries, query_mask)
         generations = datapools.decode_responses(tokenizer, prompt_ids, until_eos(responses, eos), seq2seq)
@@ -793,7 +783,7 @@ def open_run_dir(args, record, rank):
 
 
 def save_checkpoint(run_dir, state, rank):
-    """Writes checkpoint/latest.pt aside, then renames: a crash at any moment leaves it or previous.pt whole.
+    """Writes checkpoint/latest.pt aside, then renames: a crash at any moment leaves it whole, a bad disk previous.pt.
 
     The logs are in it, since what a run writes after its checkpoint will come again when it is resumed.
     """
@@ -984,14 +974,8 @@ def total(x):
 
 def gathered(state, rank):
     """The state with all sharded tensors whole and on the CPU, for rank 0; to be called on all processes."""
-
-    def whole(tensor):
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-            return tensor.cpu() if rank == 0 else None
-        return tensor
-
-    return tree_map(whole, state)
+    place = "cpu" if rank == 0 else "meta"  # others take part, and keep nothing
+    return tree_map(lambda x: x.full_tensor().to(place) if isinstance(x, DTensor) else x, state)
 
 
 def checksum(model):

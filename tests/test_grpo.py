@@ -135,7 +135,7 @@ def problem(seq2seq=False, **settings):
     mask = torch.arange(T) < lengths.unsqueeze(1)
     query_mask = torch.ones(B, 2, dtype=torch.bool)
     batch = dict(queries=torch.zeros(B, 2, dtype=torch.long), query_mask=query_mask, mask=mask)
-    batch |= dict(responses=torch.randint(2, V, (B, T)) * mask, index=torch.arange(B))
+    batch |= dict(responses=torch.randint(2, V, (B, T)) * mask, index=torch.arange(B).unsqueeze(1))
     policy, sampler, reference = (Table(V, seq2seq, torch.nn.Linear(V, V)) for _ in range(3))
     behaviour = dict(temperature=0.7, min_response_length=0, eos=torch.tensor([EOS]))
     mb = SimpleNamespace(**batch)
@@ -270,7 +270,7 @@ def seen_groups(world_size, **settings):
         seen = []
 
         def looking(minibatch, size, seen=seen):
-            seen.append(minibatch["index"].tolist())
+            seen.append(minibatch["index"].flatten().tolist())
             yield from grpo.micro_batches(minibatch, size)
 
         run_steps("grpo", 4, 6, **variables | dict(rank=rank, world_size=world_size, micro_batches=looking))
@@ -306,7 +306,7 @@ def test_equal_groups_are_counted():
     for i, length in enumerate(LENGTHS):  # a group of equal scores at different places, and two that differ
         variables["scores"][i, length - 1] = [0.7, 0.7 + 0.1 * (i == 6), float(i)][i // G]
     after = run_steps("grpo", 4, 7, **variables)
-    after |= dict(log_row=lambda row, *_: rows.append(row), progress=None, run_dir=None, reward_means={"own": 0.5})
+    after |= dict(log_row=lambda row, *_: rows.append(row), progress=None, run_dir=None, means={"own": 0.5})
     after |= dict(entropy=after["mask"] * 2.0, finished=after["mask"].any(1))
     after |= dict.fromkeys(("started", "sample_ended", "score_ended", "forward_ended", "sampler_error"), 0.0)
     run_steps("grpo", 8, 8, **after)
