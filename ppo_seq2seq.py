@@ -509,9 +509,9 @@ def response_pass(model, mb, **options):
     return forward(model, **inputs, use_cache=False, **options)
 
 
-def response_logits(policy, mb):
+def response_logits(policy, mb, **options):
     """Logits (B, T, V) of all response tokens in one pass, and of no prompt token."""
-    logits = response_pass(policy, mb, logits_to_keep=mb.responses.shape[1]).logits
+    logits = response_pass(policy, mb, logits_to_keep=mb.responses.shape[1], **options).logits
     return logits[:, logits.shape[1] - mb.responses.shape[1] :]  # of all, from 0: a slice's gradient is a copy
 
 
@@ -673,9 +673,10 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
             responses, mask, sampled = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id)
             batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
             figures = torch.zeros(2, *mask.shape, 2, device=mask.device)
-            for where, size in enumerate((len(mask), 1)):  # all rows in one pass, and each alone
+            own = {} if policy.config.is_encoder_decoder else dict(position_ids=None)  # those the model itself finds
+            for where, size, options in ((0, len(mask), {}), (1, 1, own)):  # all rows in one pass, and each alone
                 for rows, mb in micro_batches(batch, size):
-                    logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
+                    logits = behaviour_logits(response_logits(policy, mb, **options), 0, **behaviour)
                     part = torch.stack([token_logprobs(logits, mb.responses), value_model(mb)], -1)
                     figures[where, rows, : part.shape[1]] = part
             beam_search(policy, queries, query_mask, max_new_tokens=2, min_new_tokens=None)

@@ -61,7 +61,10 @@ SEQ2SEQ = (
     "bigbird_pegasus"
 ).split()
 # wrong in a way that a user would not see, or not at all made for this
-REFUSED = "openai-gpt xlnet xlm rwkv recurrent_gemma prophetnet-causal bart-causal rembert prophetnet".split()
+REFUSED = (
+    "openai-gpt xlnet xlm rwkv recurrent_gemma prophetnet-causal bart-causal rembert prophetnet roberta camembert "
+    "xlm-roberta data2vec-text roberta-prelayernorm"
+).split()
 
 
 def config_of(kind, **more):
