@@ -86,7 +86,7 @@ TASK_COLUMNS = (
     "top_mask target_update_iterations min_tokens_to_keep"
 ).split()
 TASK_DEFAULTS = {
-    "numbers dates":                          (64, 4, 2, 80, 5e-4, 0.01, 2.0, 0.95, 5, 20),
+    "numbers dates":                          (64, 4, 2, 80, 3e-4, 0.01, 2.0, 0.95, 5, 20),
     "imdb imdb_seq2seq":                      (32, 4, 5, 50, 2.5e-6, 0.1, 0.1, 0.9, 5, 100),
     "commongen":                              (128, 16, 5, 200, 3e-6, 0.001, 2.0, 0.9, 20, 100),
     "cnn_dm xsum":                            (48, 6, 5, 100, 7e-6, 0.001, 0.2, 0.9, 20, 100),

@@ -77,7 +77,7 @@ from rewards import is_best, make_metrics, make_rewards, measure, score_texts
 # and `dates` are set for the small model of supervised.py.
 TASK_COLUMNS = "batch_size num_minibatches update_epochs num_iterations learning_rate kl_coef target_kl".split()
 TASK_DEFAULTS = {
-    "numbers dates":                          (64, 4, 2, 60, 5e-4, 0.01, 2.0),
+    "numbers dates":                          (64, 4, 2, 60, 3e-4, 0.01, 2.0),
     "imdb imdb_seq2seq":                      (32, 4, 5, 50, 2.5e-6, 0.1, 0.1),
     "commongen":                              (128, 16, 5, 200, 3e-6, 0.001, 2.0),
     "cnn_dm xsum":                            (48, 6, 5, 100, 7e-6, 0.001, 0.2),
