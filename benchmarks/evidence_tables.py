@@ -172,21 +172,22 @@ def draw(axes, runs, figure, title):
 
 
 def pictures(tasks, all_runs, folder):
-    sentiment = all_runs["sentiment"]
-    if sentiment:
+    """results.png: PPO and NLPO on the sentiment task; results_{task}.png: the algorithms on each task."""
+    if sentiment := all_runs["sentiment"]:
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        draw(left, sentiment, "classifier", "score: the classifier that is trained on")
-        draw(right, sentiment, "judge", "held-out judge")
+        masked = {label: runs for label, runs in sentiment.items() if "PPO" in label or "NLPO" in label}
+        draw(left, masked, "classifier", "score: the classifier that is trained on")
+        draw(right, masked, "judge", "held-out judge")
         left.legend(fontsize=8)
         figure.savefig(folder / "results.png", dpi=110)
-    others = [key for key in ("summaries", "numbers") if all_runs.get(key)]
-    if others:
-        figure = Figure(figsize=(5 * len(others), 3.8), layout="constrained")
-        for axes, key in zip(np.atleast_1d(figure.subplots(1, len(others))), others, strict=True):
-            draw(axes, all_runs[key], tasks[key].score, f"{key}: {tasks[key].score}")
+    for key, runs in all_runs.items():
+        if runs:
+            figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+            axes = figure.add_subplot()
+            draw(axes, {name: runs[name] for name in ALGORITHMS if name in runs}, tasks[key].score, key)
             axes.legend(fontsize=8)
-        figure.savefig(folder / "results_others.png", dpi=110)
+            figure.savefig(folder / f"results_{key}.png", dpi=110)
 
 
 def gather(tasks, args):
