@@ -4,7 +4,7 @@
 
 trains one supervised model per policy type and seed, then every script from it with its defaults, and prints a table,
 whose tokens are those sampled until the goal. `--jobs` processes run side by side; what is there already is read, not
-repeated. `--picture docs/learning_curve.png` draws PPO's curves. `--changes` runs ppo_causal.py with one thing changed
+repeated. `--picture docs/learning_curve.png` draws the curves. `--changes` runs ppo_causal.py with one thing changed
 at a time instead.
 """
 
@@ -32,7 +32,7 @@ class Args:
     jobs: int = 2  # runs side by side
     eval_every: int = 5  # iterations between evaluations: the resolution of the table
     out: Path = Path("runs/learning")  # where the runs go
-    picture: Path | None = None  # draw the scores of ppo_seq2seq.py on val into this file
+    picture: Path | None = None  # draw the scores on val into this file
     changes: bool = False  # ppo_causal.py with each of CHANGES instead
 
 
@@ -123,18 +123,22 @@ def table_of_changes(args, pool):
 
 
 def draw(args):
-    """The scores of ppo_seq2seq.py on val, a line for each seed, and their mean."""
+    """The scores on val of every algorithm and policy type, a thin line for each seed, and their mean."""
     import matplotlib.pyplot as plt
     import pandas as pd
 
-    runs = {f"seed {seed}": scores_of(args.out / f"ppo_seq2seq_{seed}", "val") for seed in args.seeds}
-    table = pd.DataFrame(runs)
-    axes = table.plot(figsize=(7, 3.2), marker=".", linewidth=1, alpha=0.6, grid=True, ylim=(0, 1))
-    table.mean(axis=1).plot(ax=axes, color="black", linewidth=2, label="mean")
-    axes.set(xlabel="iterations of ppo_seq2seq.py on numbers", ylabel="mean score on val")
-    axes.legend(loc="lower right")
-    plt.tight_layout()
-    plt.savefig(args.picture, dpi=110)
+    shape = (len(args.policy_types), len(args.algorithms))
+    figure, panels = plt.subplots(*shape, figsize=(2.4 * shape[1], 2.3 * shape[0]), squeeze=False, sharey=True)
+    for kind, row in zip(args.policy_types, panels, strict=True):
+        for algorithm, axes in zip(args.algorithms, row, strict=True):
+            runs = {seed: scores_of(args.out / f"{algorithm}_{kind}_{seed}", "val") for seed in args.seeds}
+            table = pd.DataFrame(runs)
+            table.plot(ax=axes, linewidth=1, alpha=0.5, grid=True, ylim=(0, 1), legend=False)
+            table.mean(axis=1).plot(ax=axes, color="black", linewidth=2)
+            axes.set_title(f"{algorithm}, {kind}", fontsize=9)
+            axes.set(xlabel="iterations", ylabel="mean score on val")
+    figure.tight_layout()
+    figure.savefig(args.picture, dpi=110)
 
 
 def main():
