@@ -206,6 +206,19 @@ def test_a_rejected_step(case, capsys):
     assert any(not torch.equal(critic[name], tensor) for name, tensor in variables["value_model"].state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "improvement, kl, accepted",
+    [(1e-6, 0.99, True), (1e-6, 1.01, False), (0.0, 0.5, False), (-1e-6, 0.5, False)],
+)
+def test_limits_of_the_line_search(improvement, kl, accepted):
+    """A step is taken if it improves the surrogate, however little, and stays below delta, however near."""
+    variables = rollout("gpt2")
+    variables["surrogate_and_kl"] = lambda *_: (improvement, kl * variables["args"].delta)
+    after = run_steps("trpo", 6, 6, **variables)
+    assert after["accepted"] == accepted
+    assert after["line_search_steps"] == (1 if accepted else variables["args"].line_search_steps)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_micro_batches_change_nothing(kind):
     """Sums are weighted by tokens, also where micro-batches have different numbers of them.
