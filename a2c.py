@@ -66,7 +66,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.activations import NewGELUActivation
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
-from transformers.modeling_outputs import MoEModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -227,6 +227,7 @@ def main():
         own = range(rank, args.batch_size, world_size)
         positions = [(iteration - 1) * args.batch_size + i for i in own]
         samples = train.take(datapools.prompt_order(positions, len(train), args.seed))
+        # lists of ids, the same padded (B, Q), and where they are
         prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, samples, args, pad_id, device, seq2seq)
         uniform = uniforms(args.seed, iteration, own, T).to(device)  # (B, T)
         warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
@@ -551,8 +552,9 @@ def token_entropy(logits):
         logprobs = logits.log_softmax(-1)
         return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
-    # computed again for the gradient, which would otherwise keep four copies of the logits
-    return torch.stack([torch.utils.checkpoint.checkpoint(entropy, row, use_reentrant=False) for row in logits])
+    # computed again for the gradient, which would otherwise keep four copies of the logits; nothing in it is drawn
+    again = functools.partial(torch.utils.checkpoint.checkpoint, entropy, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([again(row) for row in logits])
 
 
 def micro_batches(batch, size):
@@ -654,7 +656,7 @@ def decode_step(policy, state, inputs):
     if policy.config.is_encoder_decoder:
         outputs = forward(policy, decoder_input_ids=inputs, use_cache=True, **state)
         state.pop("input_ids", None)  # the encoder runs once
-        encoded = MoEModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
+        encoded = BaseModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
         state |= dict(encoder_outputs=encoded, past_key_values=outputs.get("past_key_values"))
         return outputs.logits[:, -1:]
     seen, now = state["seen"], state["seen"] + inputs.shape[1]

@@ -65,7 +65,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.activations import NewGELUActivation
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
-from transformers.modeling_outputs import MoEModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -227,6 +227,7 @@ def main():
         own = [group * args.group_size + i for group in groups for i in range(args.group_size)]
         positions = [((iteration - 1) * args.batch_size + i) // args.group_size for i in own]
         samples = train.take(datapools.prompt_order(positions, len(train), args.seed))
+        # lists of ids, the same padded (B, Q), and where they are
         prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, samples, args, pad_id, device, seq2seq)
         uniform = uniforms(args.seed, iteration, own, T).to(device)  # (B, T)
         warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
@@ -269,10 +270,10 @@ def main():
 
         # 6. update
         batch |= dict(logprobs=logprobs, ref_logprobs=ref_logprobs, advantages=advantages)
-        update_sums = torch.zeros(5, dtype=torch.float64, device=device)
+        update_sums = torch.zeros(len(UPDATE_FIGURES) + 1, dtype=torch.float64, device=device)  # the last: tokens
         grad_norms = []
         of_groups = replace(args, batch_size=args.batch_size // args.group_size)  # a group is never split
-        for mb_groups in minibatch_rows(of_groups, iteration, rank, world_size):  # epoch by epoch
+        for mb_groups in minibatch_rows(of_groups, iteration, rank, world_size):  # of all epochs
             mb_rows = (mb_groups.unsqueeze(1) * args.group_size + torch.arange(args.group_size)).flatten()
             minibatch = {name: tensor[mb_rows] for name, tensor in batch.items()}
             mb_tokens = all_reduce_sum(minibatch["mask"].sum())
@@ -544,8 +545,9 @@ def token_entropy(logits):
         logprobs = logits.log_softmax(-1)
         return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
-    # computed again for the gradient, which would otherwise keep four copies of the logits
-    return torch.stack([torch.utils.checkpoint.checkpoint(entropy, row, use_reentrant=False) for row in logits])
+    # computed again for the gradient, which would otherwise keep four copies of the logits; nothing in it is drawn
+    again = functools.partial(torch.utils.checkpoint.checkpoint, entropy, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([again(row) for row in logits])
 
 
 def micro_batches(batch, size):
@@ -639,7 +641,7 @@ def decode_step(policy, state, inputs):
     if policy.config.is_encoder_decoder:
         outputs = forward(policy, decoder_input_ids=inputs, use_cache=True, **state)
         state.pop("input_ids", None)  # the encoder runs once
-        encoded = MoEModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
+        encoded = BaseModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
         state |= dict(encoder_outputs=encoded, past_key_values=outputs.get("past_key_values"))
         return outputs.logits[:, -1:]
     seen, now = state["seen"], state["seen"] + inputs.shape[1]

@@ -78,8 +78,8 @@ from rewards import is_best, make_metrics, make_rewards, measure, score_texts
 # What RL4LMs' configurations say of each task, for the sequence minibatches of this script: batch_size is its tokens
 # per iteration over the response length, and the learning rate is its own times sqrt(tokens per minibatch / 64), since
 # its minibatches are 64 tokens (the rule for Adam of Malladi et al. 2022, https://arxiv.org/abs/2205.10287). `numbers`
-# and `dates` are set for the small model of supervised.py: no sample corrects what the mask hides, and with RL4LMs' 0.9
-# for 100 iterations that is more than evaluation, which has no mask, can do with.
+# and `dates` are set for the small model of supervised.py, with a wider mask than RL4LMs' 0.9: what it hides is never
+# sampled and so never corrected, and evaluation, which has no mask, draws it.
 TASK_COLUMNS = (
     "batch_size num_minibatches update_epochs num_iterations learning_rate kl_coef target_kl "
     "top_mask target_update_iterations min_tokens_to_keep"
@@ -620,8 +620,9 @@ def token_entropy(logits):
         logprobs = logits.log_softmax(-1)
         return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
-    # computed again for the gradient, which would otherwise keep four copies of the logits
-    return torch.stack([torch.utils.checkpoint.checkpoint(entropy, row, use_reentrant=False) for row in logits])
+    # computed again for the gradient, which would otherwise keep four copies of the logits; nothing in it is drawn
+    again = functools.partial(torch.utils.checkpoint.checkpoint, entropy, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([again(row) for row in logits])
 
 
 def micro_batches(batch, size):
@@ -680,10 +681,10 @@ def sample_responses(
 ):
     """Samples with a KV cache, one forward pass per token, until every row has ended; uniform (B, T) fixes the draws.
 
-    Returns responses, padded behind EOS; mask; sampler_logprobs of the drawn tokens; and kept_mass, the probability
-    that mask and top-k leave (1 without them): (B, T) each, 0 on padding. With a mask_model, maybe the policy itself,
-    also kept_tokens (B, T) and the packed action_masks (B, T, ceil(V / 8)), all set on padding. masking: the keyword
-    arguments of make_action_mask.
+    Returns responses, padded behind EOS; mask; and sampler_logprobs of the drawn tokens: (B, T) each, 0 on padding.
+    With a mask_model, maybe the policy itself, also kept_mass and kept_tokens, the probability and the number of tokens
+    that the mask leaves, (B, T) each, and the packed action_masks (B, T, ceil(V / 8)), all set on padding. masking: the
+    keyword arguments of make_action_mask.
     """
     responses = torch.full(uniform.shape, pad_id, device=queries.device)
     mask = torch.zeros_like(responses, dtype=torch.bool)
@@ -696,23 +697,21 @@ def sample_responses(
     ask_every = 16 if queries.is_cuda else 1  # asking a GPU whether all rows have ended waits for it
     for t in range(uniform.shape[1]):
         logits = behaviour_logits(decode_step(policy, state, inputs), t, **behaviour).squeeze(1)  # (B, V)
-        restricted = logits
         for warper in warpers:
-            restricted = warper(None, restricted)
+            logits = warper(None, logits)
         if mask_model is not None:
             mask_logits = logits
             if mask_model is not policy:
                 mask_logits = behaviour_logits(decode_step(mask_model, mask_state, inputs), t, **behaviour).squeeze(1)
             action_mask = make_action_mask(mask_logits, **masking)  # (B, V)
-            restricted = restricted.masked_fill(~action_mask, -math.inf)
+            whole, logits = logits, logits.masked_fill(~action_mask, -math.inf)
+            kept_mass[:, t] = (logits.logsumexp(-1) - whole.logsumexp(-1)).exp() * running
             kept_tokens[:, t] = action_mask.sum(-1) * running
             action_masks.append(pack(action_mask | ~running.unsqueeze(1)))
-        tokens = draw(restricted, uniform[:, t])
-        total_mass = restricted.logsumexp(-1)
+        tokens = draw(logits, uniform[:, t])
         mask[:, t] = running
         responses[:, t] = tokens.where(running, pad_id)
-        logprobs[:, t] = (restricted.gather(1, tokens.unsqueeze(1)).squeeze(1) - total_mass) * running
-        kept_mass[:, t] = running if restricted is logits else (total_mass - logits.logsumexp(-1)).exp() * running
+        logprobs[:, t] = token_logprobs(logits.unsqueeze(0), tokens.unsqueeze(0)).squeeze(0) * running
         inputs = responses[:, t : t + 1]
         running = running & ~torch.isin(tokens, behaviour["eos"])
         if (t + 1) % ask_every == 0:

@@ -551,8 +551,9 @@ def token_entropy(logits):
         logprobs = logits.log_softmax(-1)
         return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
-    # computed again for the gradient, which would otherwise keep four copies of the logits
-    return torch.stack([torch.utils.checkpoint.checkpoint(entropy, row, use_reentrant=False) for row in logits])
+    # computed again for the gradient, which would otherwise keep four copies of the logits; nothing in it is drawn
+    again = functools.partial(torch.utils.checkpoint.checkpoint, entropy, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([again(row) for row in logits])
 
 
 def micro_batches(batch, size):

@@ -107,14 +107,15 @@ def score_texts(reward_functions, weights, samples, generations, token_ids, iter
     return token_scores, means
 
 
-@contextlib.contextmanager
-def noted(describe: Callable[[], str]):
-    """What is raised within goes on its way with a note."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(describe())
-        raise
+class noted(contextlib.AbstractContextManager):
+    """What is raised within goes on its way with a note, which is made only then."""
+
+    def __init__(self, describe: Callable[[], str]):
+        self.describe = describe
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, Exception):
+            error.add_note(self.describe())
 
 
 def measure(metrics, samples, generations, model, tokenizer):

@@ -56,7 +56,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.activations import NewGELUActivation
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
-from transformers.modeling_outputs import MoEModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -561,7 +561,7 @@ def decode_step(policy, state, inputs):
     if policy.config.is_encoder_decoder:
         outputs = forward(policy, decoder_input_ids=inputs, use_cache=True, **state)
         state.pop("input_ids", None)  # the encoder runs once
-        encoded = MoEModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
+        encoded = BaseModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
         state |= dict(encoder_outputs=encoded, past_key_values=outputs.get("past_key_values"))
         return outputs.logits[:, -1:]
     seen, now = state["seen"], state["seen"] + inputs.shape[1]
