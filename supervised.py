@@ -53,7 +53,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StaticCache,
+)
 from transformers.activations import NewGELUActivation
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutput
@@ -553,7 +559,10 @@ def start_decoding(policy, queries, query_mask, length):
         start = torch.full_like(queries[:, :1], policy.config.decoder_start_token_id)
         return dict(input_ids=queries, attention_mask=query_mask.long(), past_key_values=None), start
     mask, position_ids = prompt_and_response(query_mask, length)
-    return dict(mask=mask, position_ids=position_ids, cache={}, seen=0), queries
+    # keys and values of a fixed size where the model can: what grows is copied at every token
+    static = policy._can_compile_fullgraph and not policy._is_stateful
+    cache = dict(past_key_values=StaticCache(policy.config, max_cache_len=mask.shape[1])) if static else {}
+    return dict(mask=mask, position_ids=position_ids, cache=cache, static=static, seen=0), queries
 
 
 def decode_step(policy, state, inputs):
@@ -566,9 +575,9 @@ def decode_step(policy, state, inputs):
         return outputs.logits[:, -1:]
     seen, now = state["seen"], state["seen"] + inputs.shape[1]
     recurrent = seen and "past_key_values" not in state["cache"]  # Mamba and RWKV read the mask of what is new
-    mask, position_ids = state["mask"][:, seen if recurrent else 0 : now], state["position_ids"][:, seen:now]
-    read = dict(input_ids=inputs, attention_mask=mask, position_ids=position_ids)
-    outputs = forward(policy, **read, **state["cache"], use_cache=True, logits_to_keep=1)
+    columns = slice(None) if state["static"] else slice(seen if recurrent else 0, now)
+    read = dict(attention_mask=state["mask"][:, columns], position_ids=state["position_ids"][:, seen:now])
+    outputs = forward(policy, input_ids=inputs, **read, **state["cache"], use_cache=True, logits_to_keep=1)
     names = ("past_key_values", "cache_params", "state")
     state |= dict(cache={name: outputs[name] for name in names if outputs.get(name) is not None}, seen=now)
     return outputs.logits[:, -1:]

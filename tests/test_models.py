@@ -164,6 +164,18 @@ def test_a_sampled_token_that_is_the_padding_id_counts(kind, tmp_path):
     assert (script.token_logprobs(logits, responses) - sampled).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "bloom"])
+def test_keys_and_values_are_written_in_place(kind, tmp_path):
+    script, _, policy, _, queries, query_mask = load(kind, False, save(kind, False, tmp_path))
+    state, inputs = script.start_decoding(policy, queries, query_mask, 8)
+    places = set()
+    with torch.no_grad():
+        for t in range(8):
+            inputs = script.decode_step(policy, state, inputs if t == 0 else inputs[:, -1:]).argmax(-1)
+            places |= {(layer.keys.data_ptr(), layer.keys.shape) for layer in state["cache"]["past_key_values"].layers}
+    assert len(places) == len(state["cache"]["past_key_values"].layers)
+
+
 def batch_of(queries, query_mask, responses, mask):
     return SimpleNamespace(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
 
