@@ -16,6 +16,7 @@ import difflib
 import gzip
 import hashlib
 import http.client
+import importlib.util
 import inspect
 import itertools
 import json
@@ -35,7 +36,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 import jinja2
 import numpy as np
@@ -50,11 +50,19 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-if not sys.stderr.isatty():  # in a log, bars are noise around the one line that says what is wrong
-    datasets.disable_progress_bars()
+
+def lazily(name: str):
+    """A module that is imported when something of it is first asked for."""
+    spec = importlib.util.find_spec(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+datasets = sys.modules.get("datasets") or lazily("datasets")  # half a second, which `--help` can do without
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # no tables of weights: what is wrong with them is said in one line
-datasets.config.DEFAULT_MAX_BATCH_SIZE = 10_000  # rows of a block on disk; opening a table touches 64 KB of each
 csv.field_size_limit(2**31 - 1)  # articles are longer than the 131,072 characters that csv allows
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}  # our name -> the hub's, others
@@ -215,6 +223,9 @@ def hub_or_folder(split: str, data: str | None, **hub) -> dict:
 def open_rows(where: str, way_out: str = "", load: Callable | None = None, **source):
     """What `datasets` loads from `source`; UsageError, in one line, if it does not. way_out: what else can be done."""
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong reaches the user as one line, below
+    datasets.config.DEFAULT_MAX_BATCH_SIZE = 10_000  # rows of a block on disk; opening a table touches 64 KB of each
+    if not sys.stderr.isatty():  # in a log, bars are noise around the one line that says what is wrong
+        datasets.disable_progress_bars()
     try:
         return (load or datasets.load_dataset)(**source)
     except (OSError, ValueError, LookupError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
@@ -1052,6 +1063,14 @@ def parse_kwargs(typed: dict[str, str], names, defaults: dict[str, dict]) -> dic
         for name in [owner] if owner else names:
             kwargs[name][option] = from_text(text)
     return kwargs
+
+
+def with_headings(text: str, args_class: type) -> str:
+    """tyro's help, with the class's comments `# --- heading` above the flags that they stand over."""
+    for heading, name in re.findall(r"# --- (.+)\n +(\w+):", inspect.getsource(args_class)):
+        flag = f"--{name.replace('_', '-')}"
+        text = re.sub(rf"^ *{flag}\b", rf"\n{heading}\n\g<0>", text, count=1, flags=re.M)
+    return text
 
 
 def usage_line(box: str, argv: list[str], fields: dict) -> str:

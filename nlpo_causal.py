@@ -67,7 +67,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, StaticCache
-from transformers.activations import NewGELUActivation
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -507,7 +506,7 @@ def load_weights(auto_class, flag, name):
         names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
         raise UsageError(f"{flag} {name}: its files lack weights or have other shapes: {names}")
     for module in model.modules():
-        if isinstance(getattr(module, "act", None), NewGELUActivation):
+        if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
             module.act = nn.GELU(approximate="tanh")  # GPT-2's, the same function as one kernel instead of eight
     return model.eval()
 
@@ -883,11 +882,12 @@ def parse_args(argv, policy_type):
     defaults |= {name: value for name, value in record.items() if name in Args.__dataclass_fields__}
     message, settings = io.StringIO(), TypeAdapter(Args)
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
             default = settings.validate_python(defaults)
             args = tyro.cli(Args, description=__doc__, default=default, args=argv)
     except SystemExit as stop:
         if stop.code in (0, None):
+            print(datapools.with_headings(message.getvalue(), Args))
             raise
         fail(datapools.usage_line(message.getvalue(), argv, Args.__dataclass_fields__))
     try:

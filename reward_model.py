@@ -442,11 +442,12 @@ def parse_args(argv, policy_type):
     defaults |= {name: value for name, value in record.items() if name in Args.__dataclass_fields__}
     message, settings = io.StringIO(), TypeAdapter(Args)
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
             default = settings.validate_python(defaults)
             args = tyro.cli(Args, description=__doc__, default=default, args=argv)
     except SystemExit as stop:
         if stop.code in (0, None):
+            print(datapools.with_headings(message.getvalue(), Args))
             raise
         fail(datapools.usage_line(message.getvalue(), argv, Args.__dataclass_fields__))
     try:

@@ -7,6 +7,8 @@ words are made by the fixture `things`. What a case does not say itself is fille
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from itertools import cycle
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 import script_runs
 import torch
 import transformers
-from script_runs import SCRIPTS, TINY, fields, flags, real_run, run, run_ok, start
+from script_runs import ROOT, SCRIPTS, TINY, fields, flags, real_run, run, run_ok, start
 
 from datapools import load_tokenizer
 
@@ -541,3 +543,10 @@ def test_every_flag_with_a_number_has_limits():
         kinds = (int, float, int | None, float | None)
         unlimited = {name for name, field in fields(script).items() if field.type in kinds}
         assert unlimited <= {"eos_penalty"}, f"{script}: {sorted(unlimited)}"
+
+
+def test_what_help_can_do_without_is_not_imported():
+    code = "import sys, ppo_causal; print([n for n in sys.argv[1:] if n in sys.modules])"
+    late = ["datasets.arrow_dataset", "matplotlib", "wandb", "evaluate", "bert_score", "transformers.activations"]
+    done = subprocess.run([sys.executable, "-c", code, *late], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == "[]"

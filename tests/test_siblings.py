@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import io
 import itertools
 import re
@@ -254,6 +255,16 @@ def test_help_shows_the_defaults_of_the_task(script, monkeypatch):
             found = re.search(rf"--{name.replace('_', '-')} [A-Z{{\[].*?\(default: (.*?)\)", shown)
             assert found and found.group(1) == str(value), f"{task} --{name}: {found and found.group(1)}, not {value}"
         assert f"(default: {' '.join(entry.metrics)})" in shown
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_headings_in_the_order_of_use(script, monkeypatch):
+    shown = help_of(script, monkeypatch)
+    headings = re.findall(r"# --- (.+)", inspect.getsource(importlib.import_module(script).Args))
+    assert headings[0] == "what is learned" and "the machine" in headings and len(headings) >= 4
+    places = [shown.index(f" {heading} --") for heading in headings]
+    assert places == sorted(places)
+    assert shown.index(" the machine --seed ") and shown.index(" evaluation, checkpoints, logs --eval-every ")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
