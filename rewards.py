@@ -39,7 +39,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
-import datasets
+import huggingface_hub
 import nltk
 import numpy as np
 import regex
@@ -571,7 +571,7 @@ def require_nltk(name: str, *packages: str) -> None:
     if not missing():
         return
     downloader = nltk.downloader.Downloader()
-    if not datasets.config.HF_HUB_OFFLINE and answers(downloader.url):
+    if not huggingface_hub.constants.HF_HUB_OFFLINE and answers(downloader.url):
         folder = Path(downloader.default_download_dir())
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # under torchrun all processes come here

@@ -243,7 +243,7 @@ def test_nltk_data_are_fetched_where_there_is_a_network(tmp_path, monkeypatch, o
     folder.mkdir()
     monkeypatch.setattr(nltk.data, "path", [str(folder)])
     monkeypatch.setattr(nltk.downloader.Downloader, "download", download)
-    monkeypatch.setattr(rewards.datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(rewards.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(rewards, "answers", lambda url: online and "nltk_data" in url)
     if not online:
         with pytest.raises(UsageError, match="python -m nltk.downloader punkt_tab"):
@@ -251,7 +251,7 @@ def test_nltk_data_are_fetched_where_there_is_a_network(tmp_path, monkeypatch, o
     for _ in range(2 * online):
         make_metric("diversity")
     assert fetched == ["punkt_tab"] * online
-    monkeypatch.setattr(rewards.datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(rewards.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     shutil.rmtree(folder)
     with pytest.raises(UsageError, match="python -m nltk.downloader punkt_tab"):
         make_metric("diversity")
