@@ -4,8 +4,8 @@
 
 trains one supervised model per policy type and seed, then every script from it with its defaults, and prints a table,
 whose tokens are those sampled until the goal. `--jobs` processes run side by side; what is there already is read, not
-repeated. `--picture docs/learning_curve.png` draws the curves. `--changes` runs ppo_causal.py with one thing changed
-at a time instead.
+repeated. `--pictures docs` draws the curves, all in one and those of each algorithm. `--changes` runs ppo_causal.py
+with one thing changed at a time instead.
 """
 
 import concurrent.futures
@@ -32,7 +32,7 @@ class Args:
     jobs: int = 2  # runs side by side
     eval_every: int = 5  # iterations between evaluations: the resolution of the table
     out: Path = Path("runs/learning")  # where the runs go
-    picture: Path | None = None  # draw the scores on val into this file
+    pictures: Path | None = None  # draw the scores on val into this folder
     changes: bool = False  # ppo_causal.py with each of CHANGES instead
 
 
@@ -122,23 +122,23 @@ def table_of_changes(args, pool):
         print(f"| {name} | {shown} | {at} | {statistics.mean(last):.3f} | {min(last):.3f} |", flush=True)
 
 
-def draw(args):
-    """The scores on val of every algorithm and policy type, a thin line for each seed, and their mean."""
+def draw(args, algorithms, file):
+    """The scores on val of each algorithm and policy type, a thin line for each seed, and their mean."""
     import matplotlib.pyplot as plt
     import pandas as pd
 
-    shape = (len(args.policy_types), len(args.algorithms))
-    figure, panels = plt.subplots(*shape, figsize=(2.4 * shape[1], 2.3 * shape[0]), squeeze=False, sharey=True)
-    for kind, row in zip(args.policy_types, panels, strict=True):
-        for algorithm, axes in zip(args.algorithms, row, strict=True):
-            runs = {seed: scores_of(args.out / f"{algorithm}_{kind}_{seed}", "val") for seed in args.seeds}
-            table = pd.DataFrame(runs)
-            table.plot(ax=axes, linewidth=1, alpha=0.5, grid=True, ylim=(0, 1), legend=False)
-            table.mean(axis=1).plot(ax=axes, color="black", linewidth=2)
-            axes.set_title(f"{algorithm}, {kind}", fontsize=9)
-            axes.set(xlabel="iterations", ylabel="mean score on val")
+    panels = [(algorithm, kind) for kind in args.policy_types for algorithm in algorithms]
+    shape = (len(args.policy_types), len(algorithms)) if len(algorithms) > 1 else (1, len(args.policy_types))
+    figure, all_axes = plt.subplots(*shape, figsize=(2.4 * shape[1], 2.3 * shape[0]), squeeze=False, sharey=True)
+    for (algorithm, kind), axes in zip(panels, all_axes.flat, strict=True):
+        runs = {seed: scores_of(args.out / f"{algorithm}_{kind}_{seed}", "val") for seed in args.seeds}
+        table = pd.DataFrame(runs)
+        table.plot(ax=axes, linewidth=1, alpha=0.5, grid=True, ylim=(0, 1), legend=False)
+        table.mean(axis=1).plot(ax=axes, color="black", linewidth=2)
+        axes.set_title(f"{algorithm}, {kind}", fontsize=9)
+        axes.set(xlabel="iterations", ylabel="mean score on val")
     figure.tight_layout()
-    figure.savefig(args.picture, dpi=110)
+    figure.savefig(file, dpi=110)
 
 
 def main():
@@ -167,8 +167,10 @@ def main():
             for kind in args.policy_types:
                 last = [runs[algorithm, kind, seed].result()[1] for seed in args.seeds]
                 print(f"{algorithm}, {kind}: {statistics.mean(last):.3f} at the end, none below {min(last):.3f}")
-    if args.picture:
-        draw(args)
+    if args.pictures:
+        draw(args, args.algorithms, args.pictures / "learning_curve.png")
+        for algorithm in args.algorithms:
+            draw(args, (algorithm,), args.pictures / f"learning_{algorithm}.png")
 
 
 if __name__ == "__main__":
