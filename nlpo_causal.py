@@ -456,7 +456,8 @@ def within_mask(logits, mb):
     """The logits (B, T, V) restricted to the action masks of the rollout; as they are with --ratio unmasked."""
     if "action_masks" not in vars(mb):
         return logits
-    bits = mb.action_masks.unsqueeze(-1) >> torch.arange(8, device=logits.device, dtype=torch.uint8) & 1
+    places = torch.arange(8, device=logits.device, dtype=torch.uint8)
+    bits = mb.action_masks.to(logits.device).unsqueeze(-1) >> places & 1
     return logits.masked_fill_(bits.flatten(-2)[..., : logits.shape[-1]] == 0, -math.inf)
 
 
@@ -720,7 +721,8 @@ def sample_responses(
     if mask_model is None:
         return responses, mask, logprobs
     unset = (0, 0, 0, uniform.shape[1] - len(action_masks))
-    return responses, mask, logprobs, kept_mass, kept_tokens, F.pad(torch.stack(action_masks, 1), unset, value=255)
+    action_masks = F.pad(torch.stack(action_masks, 1), unset, value=255).cpu()  # a GPU holds those of a pass
+    return responses, mask, logprobs, kept_mass, kept_tokens, action_masks
 
 
 def start_decoding(policy, queries, query_mask, length):
