@@ -796,14 +796,16 @@ def parse_args(argv, policy_type):
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
             default = settings.validate_python(defaults)
-            args = tyro.cli(Args, description=__doc__, default=default, args=argv)
+            # of a dictionary that is not empty tyro makes a flag for each key: a resumed run's stay aside
+            kept = {name: value for name, value in asdict(default).items() if isinstance(value, dict)}
+            args = tyro.cli(Args, description=__doc__, default=replace(default, **dict.fromkeys(kept, {})), args=argv)
     except SystemExit as stop:
         if stop.code in (0, None):
             print(datapools.with_headings(message.getvalue(), Args))
             raise
         fail(datapools.usage_line(message.getvalue(), argv, Args.__dataclass_fields__))
     try:
-        args = settings.validate_python(asdict(args))
+        args = settings.validate_python(asdict(args) | {n: kept[n] for n in kept if not getattr(args, n)})
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}") from None

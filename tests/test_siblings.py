@@ -7,6 +7,7 @@ import importlib
 import inspect
 import io
 import itertools
+import json
 import re
 import sys
 
@@ -265,6 +266,21 @@ def test_help_has_headings_in_the_order_of_use(script, monkeypatch):
     places = [shown.index(f" {heading} --") for heading in headings]
     assert places == sorted(places)
     assert shown.index(" the machine --seed ") and shown.index(" evaluation, checkpoints, logs --eval-every ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_takes_the_same_command_and_the_dictionaries_of_its_run(script, tmp_path):
+    module = importlib.import_module(script)
+    kind = "causal" if script.endswith("causal") else "seq2seq"
+    words = ["--task", "numbers", "--decoding", "num_beams", "2", "--metric-kwargs", "a.b", "1", "c", "x=y"]
+    words += ["--task-kwargs", "n_samples", "20", "--run-dir", str(tmp_path)]
+    first, _ = module.parse_args(words, kind)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(first)))
+    for again in (words, words[-2:]):
+        args, record = module.parse_args([*again, "--resume"], kind)
+        assert record and args == dataclasses.replace(first, resume=True)
+    args, _ = module.parse_args([*words[-2:], "--resume", "--decoding", "do_sample", "true"], kind)
+    assert args == dataclasses.replace(first, resume=True, decoding={"do_sample": "true"})
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
