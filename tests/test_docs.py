@@ -248,7 +248,6 @@ def rows(file):
 
 
 def test_lora(copy):
-    pytest.importorskip("peft")
     run_dir = changed(copy, "LoRA")
     (row,) = rows(run_dir / "metrics.jsonl")
     assert row["objective/kl"] == 0.0 and row["losses/grad_norm"] > 0
