@@ -81,7 +81,7 @@ from rewards import is_best, make_metrics, make_rewards, measure, score_texts
 # `numbers` and `dates` are set for the small model of supervised.py.
 TASK_COLUMNS = "batch_size num_iterations learning_rate kl_coef target_kl".split()
 TASK_DEFAULTS = {
-    "numbers dates":                          (64, 150, 5e-4, 0.01, 2.0),
+    "numbers dates":                          (64, 60, 5e-4, 0.01, 2.0),
     "imdb imdb_seq2seq":                      (32, 50, 7.5e-6, 0.1, 0.1),
     "commongen":                              (128, 200, 1e-5, 0.001, 2.0),
     "cnn_dm xsum":                            (48, 100, 2e-5, 0.001, 0.2),
