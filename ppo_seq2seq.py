@@ -188,7 +188,8 @@ def main():
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
     iteration, kl_coef = 0, args.kl_coef
     if checkpoint:
-        iteration, kl_coef = checkpoint["iteration"], checkpoint["kl_coef"]
+        iteration = checkpoint["iteration"]
+        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # the controller's, unless another was typed
         policy.load_state_dict(checkpoint["policy"])
         value_model.load_state_dict(checkpoint["value_model"])
     for model in (policy, reference, value_model):
@@ -358,7 +359,7 @@ def main():
         best = total(rank == 0 and is_best(run_dir, args.keep_best, iteration)) > 0
         if done or stopping or best or iteration % args.save_every == 0:
             state = dict(policy=policy.state_dict(), value_model=value_model.state_dict())
-            state |= dict(iteration=iteration, kl_coef=kl_coef, optimizer=optimizer.state_dict())
+            state |= dict(iteration=iteration, kl_coef={args.kl_coef: kl_coef}, optimizer=optimizer.state_dict())
             save_checkpoint(run_dir, gathered(state, rank), rank)
             save_model(run_dir, policy, tokenizer, rank, best)
         if stopping:
@@ -919,8 +920,11 @@ def load_checkpoint(run_dir, rank):
 
 
 def load_optimizer(optimizer, state):
-    """Loads a whole state, of which each process takes its parts if the parameters are sharded."""
+    """Loads a whole state, of which each process takes its parts if the parameters are sharded; the learning rate
+    stays that of the command line."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        saved["lr"] = group["lr"]
     for index, slots in state["state"].items():
         p = parameters[index]
         for name, tensor in slots.items():

@@ -833,8 +833,11 @@ def load_checkpoint(run_dir, rank):
 
 
 def load_optimizer(optimizer, state):
-    """Loads a whole state, of which each process takes its parts if the parameters are sharded."""
+    """Loads a whole state, of which each process takes its parts if the parameters are sharded; the learning rate
+    stays that of the command line."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        saved["lr"] = group["lr"]
     for index, slots in state["state"].items():
         p = parameters[index]
         for name, tensor in slots.items():

@@ -433,6 +433,30 @@ def test_longer_run_goes_on_from_a_finished_one(whole, texts, digits, tmp_path):
     assert rows(tmp_path / "seven" / "metrics.jsonl") == metrics
 
 
+@pytest.mark.parametrize("script, kind", SHORT_CASES)
+def test_resumed_run_learns_at_the_rate_and_the_penalty_that_are_typed(script, kind, whole, texts, digits, tmp_path):
+    """Not at those of the checkpoint, which hold where nothing is typed, and the next time."""
+    run_dir = copy_of(whole(script, kind)[0], tmp_path)
+    before = rows(run_dir / "metrics.jsonl")[-1]
+    for longer, typed in ((1, dict(learning_rate=1e-5, kl_coef=0.9)), (2, {})):
+        longer = dict(num_iterations=before["iteration"] + longer, num_epochs=2 + longer)
+        run_ok(script, flags(script, run_dir="run", resume=True, **longer, **typed), tmp_path)
+        after = [row for row in rows(run_dir / "metrics.jsonl") if row["iteration"] > before["iteration"]]
+        assert {row["losses/learning_rate"] for row in after} == {1e-5}
+        if script != "supervised":
+            assert after[0]["objective/kl_coef"] == 0.9 and all(0.8 < row["objective/kl_coef"] < 1 for row in after)
+            assert len({row["objective/kl_coef"] for row in after}) == len(after)  # the controller's
+
+
+def test_best_by_a_metric_that_the_resumed_run_adds(whole, texts, digits, tmp_path):
+    """The evaluations before have no value of it."""
+    run_dir = copy_of(whole("ppo_causal", "causal")[0], tmp_path)
+    words = ["--run-dir", "run", "--resume", "--num-iterations", "6", "--metrics", "chrf", "--keep-best", "chrf"]
+    run_ok("ppo_causal", words, tmp_path)
+    assert (run_dir / "best").is_dir()
+    assert [set(row) >= {"chrf"} for row in rows(run_dir / "eval.jsonl")][-2:] == [True, True]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resume_without_a_run_starts_it(script, whole, texts, digits, tmp_path):
     kind = "causal" if script.endswith("causal") else "seq2seq"
