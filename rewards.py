@@ -148,6 +148,8 @@ def measure(metrics, samples, generations, model, tokenizer):
             figures = metric.combine([parts[i % processes][i // processes] for i in range(len(samples))])
         check_figures(name, figures, samples)
         for figure, (values, value) in figures.items():
+            if figure in row:  # own functions of one name
+                figure = name if len(figures) == 1 else f"{name}.{figure}"
             row[figure] = finite_or_none(value)
             if values is not None:
                 per_sample[figure] = list(map(finite_or_none, values))
@@ -159,7 +161,8 @@ def is_best(run_dir, metric, iteration) -> bool:
     if metric is None:
         return False
     rows = map(json.loads, (run_dir / "eval.jsonl").read_text().splitlines())
-    values = {row["iteration"]: row[metric] for row in rows if row["split"] == "val" and row[metric] is not None}
+    rows = (row for row in rows if row["split"] == "val" and row.get(metric) is not None)  # --metrics may have changed
+    values = {row["iteration"]: row[metric] for row in rows}
     return (min if metric in LESS else max)(values, key=values.get, default=None) == iteration
 
 

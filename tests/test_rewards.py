@@ -574,6 +574,18 @@ def test_a_reward_that_fails_names_the_sample():
     assert error.value.__notes__ == ["raised by own of the samples s0, s1, s2, s3, s4, ...", "in iteration 3"]
 
 
+def test_metrics_of_one_name_are_all_reported(tmp_path):
+    for folder, value in (("one", 1), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        text = f"def rouge1(prompts, generations, references, metas):\n    return [{value} for _ in prompts]\n"
+        (tmp_path / folder / "same.py").write_text(text)
+    names = [f"{tmp_path / folder}/same.py:rouge1" for folder in ("one", "two")]
+    samples = [sample(references=["a b"])]
+    row, values = measure(metrics_of("rouge", *names, samples=samples), samples, ["a c"], None, tokenizer)
+    assert row["rouge1"] == 0.5 and [row[name] for name in names] == [1, 2]
+    assert values["rouge1"] == [0.5] and [values[name] for name in names] == [[1], [2]]
+
+
 def test_metrics_become_figures(tmp_path):
     (tmp_path / "figures.py").write_text(
         "import numpy as np\n"
