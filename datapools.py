@@ -1116,20 +1116,36 @@ def check_wandb() -> None:
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 SEARCH = ("do_sample", "num_beams", "length_penalty", "early_stopping", "repetition_penalty", "no_repeat_ngram_size")
+ABOVE_0 = ("a number above 0", lambda value: type(value) is float and value > 0)
+COUNT = ("a whole number, at least 0", lambda value: type(value) is int and value >= 0)
+DECODING = {
+    "do_sample": ("true or false", lambda value: type(value) is bool),
+    "temperature": ABOVE_0,
+    "top_k": COUNT,
+    "top_p": ("a number above 0, at most 1", lambda value: type(value) is float and 0 < value <= 1),
+    "num_beams": ("a whole number, at least 1", lambda value: type(value) is int and value >= 1),
+    "length_penalty": ("a number", lambda value: type(value) is float),
+    "early_stopping": ("true, false or never", lambda value: type(value) is bool or value == "never"),
+    "repetition_penalty": ABOVE_0,
+    "no_repeat_ngram_size": COUNT,
+}
 
 
 def decoding_options(task: Task, typed: dict[str, str]) -> dict:
     """How evaluation decodes: the task's way, with what --decoding says; UsageError for what it does not know."""
     typed = parse_kwargs(typed, ["decoding"], {})["decoding"]
-    for key in typed:
-        if key not in SAMPLING + SEARCH:
-            known = ", ".join(dict.fromkeys(SAMPLING + SEARCH))
-            raise UsageError(f"--decoding {key}: unknown{nearest(key, SAMPLING + SEARCH)}; known: {known}")
+    for key, value in typed.items():
+        if key not in DECODING:
+            raise UsageError(f"--decoding {key}: unknown{nearest(key, DECODING)}; known: {', '.join(DECODING)}")
+        right, fits = DECODING[key]
+        if type(value) is int and not fits(value):  # transformers wants 2.0 where 2 was typed
+            typed[key] = float(value)
+        if not fits(typed[key]):
+            raise UsageError(f"--decoding {key} {value}: must be {right}")
     if "do_sample" not in typed and typed:  # what is named says which of the two is meant
         typed["do_sample"] = not any(key in SEARCH for key in typed)
-    if not isinstance(typed.get("do_sample", True), bool):
-        raise UsageError(f"--decoding do_sample {typed['do_sample']}: must be true or false")
-    decoding = task.generation | typed
+    # where the model's own generate is told no top_k, it takes 50
+    decoding = dict(top_k=0) | task.generation | typed
     names = SAMPLING if decoding.get("do_sample") else SEARCH
     for key in typed:
         if key not in names:

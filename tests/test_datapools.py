@@ -1107,3 +1107,25 @@ def test_docs_say_what_the_table_says():
     own = text[text.index("## Your own texts") :]
     assert all(f"`{option}`" in own for option in datapools.task_options(get_task("org/data").load))
     assert all(ending in own for ending in datapools.OWN_FILES if not ending.endswith(".gz"))
+
+
+def test_decoding_is_said_in_full_and_in_the_types_that_the_library_takes():
+    """Where model/ does not say top_k, its generate takes the 50 likeliest; and it refuses 2 for 2.0."""
+    searching, sampling = get_task("wmt16"), get_task("numbers")
+    told = datapools.decoding_options(searching, {"do_sample": "true", "temperature": "2"})
+    assert told == {"do_sample": True, "temperature": 2.0, "top_k": 0} and type(told["temperature"]) is float
+    assert datapools.decoding_options(sampling, {"top_k": "5"})["top_k"] == 5
+    told = datapools.decoding_options(searching, {"repetition_penalty": "2", "early_stopping": "never"})
+    assert told == searching.generation | {"do_sample": False, "repetition_penalty": 2.0, "early_stopping": "never"}
+    for name, value, right in (
+        ("temperature", "hot", "a number above 0"),
+        ("temperature", "0", "a number above 0"),
+        ("top_k", "2.5", "a whole number, at least 0"),
+        ("top_p", "1.5", "a number above 0, at most 1"),
+        ("num_beams", "0", "a whole number, at least 1"),
+        ("length_penalty", "long", "a number"),
+        ("early_stopping", "maybe", "true, false or never"),
+        ("do_sample", "1", "true or false"),
+    ):
+        with pytest.raises(UsageError, match=f"--decoding {name} {value}: must be {right}$"):
+            datapools.decoding_options(searching, {name: value})
