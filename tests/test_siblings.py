@@ -253,7 +253,7 @@ def test_help_shows_the_defaults_of_the_task(script, monkeypatch):
         entry = datapools.get_task(task)
         wanted = dict(prompt_length=entry.prompt_length, response_length=entry.response_length) | row_of(module, task)
         for name, value in wanted.items():
-            found = re.search(rf"--{name.replace('_', '-')} [A-Z{{\[].*?\(default: (.*?)\)", shown)
+            found = re.search(rf"--{name.replace('_', '-')}(?: [A-Z{{\[]|, --no-).*?\(default: (.*?)\)", shown)
             assert found and found.group(1) == str(value), f"{task} --{name}: {found and found.group(1)}, not {value}"
         assert f"(default: {' '.join(entry.metrics)})" in shown
 
