@@ -263,9 +263,10 @@ def find_labels(task, samples):
     if "label" not in meta:
         there = ", ".join(meta) or "none"
         raise UsageError(f"--task {task}: its rows need chosen and rejected, or label, beside the prompt; has {there}")
-    found = {sample.meta.get("label") for sample in samples}
+    found = [sample.meta.get("label") for sample in samples]
     if not all(isinstance(label, int | str) for label in found) or len({type(label) for label in found}) > 1:
-        raise UsageError(f"--task {task}: labels must be all texts or all whole numbers; found {list(found)[:5]}")
+        raise UsageError(f"--task {task}: labels must be all texts or all whole numbers; found {found[:5]}")
+    found = set(found)
     if len(found) < 2:
         raise UsageError(f"--task {task}: all its training texts have one label, {found.pop()!r}: nothing to learn")
     return sorted(found)

@@ -158,7 +158,7 @@ def main():
     tokenizer = datapools.load_tokenizer(start.model, args.languages)
     lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, args.response_length)
     making = dict(tokenizer=tokenizer, device=str(device), separator=" " if config.is_encoder_decoder else "")
-    metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
+    metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, [*val[:500], *test[:500]], **making)
     decoding = datapools.decoding_options(task, args.decoding)
     policy = load_policy(start, config, tokenizer, decoding)
     pairs = Pairs(train)
@@ -585,7 +585,8 @@ def decode_step(policy, state, inputs):
 def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args):
     """UsageError unless sampling with a cache, one pass, and one pass of each row alone give the same, tried on a few
     prompts (B, Q): a model whose cache, positions or attention do not fit is refused by what it does, not by name."""
-    kind = f"--model {args.model}: {policy.config.model_type} does not fit this script"
+    critic = f" with --value-model {args.value_model}" if getattr(args, "value_model", None) else ""
+    kind = f"--model {args.model}{critic}: {policy.config.model_type} does not fit this script"
     uniform = torch.full((len(queries), 4), 0.5, device=queries.device)
     try:
         with torch.no_grad():

@@ -178,7 +178,7 @@ def main():
     lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, args.response_length)
     making = dict(tokenizer=tokenizer, device=str(device), separator=" " if seq2seq else "")
     reward_functions = make_rewards(args.reward, args.reward_kwargs, task.reward_kwargs, train, **making)
-    metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, val, **making)
+    metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, [*val[:500], *test[:500]], **making)
     decoding = datapools.decoding_options(task, args.decoding)
     policy = load_policy(args, config, tokenizer, decoding)
     reference, value_model = copy.deepcopy(policy).requires_grad_(False), ValueModel(policy, args.value_model)
@@ -593,7 +593,8 @@ class ValueModel(nn.Module):
     def __init__(self, policy, name):
         super().__init__()
         self.backbone = load_weights(AutoModel, "--value-model", name) if name else value_backbone(policy)
-        self.head = nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, bias=False)
+        width = self.backbone.config.get_text_config(decoder=True).hidden_size if name else None
+        self.head = nn.Linear(width or policy.get_output_embeddings().weight.shape[1], 1, bias=False)
         nn.init.zeros_(self.head.weight)  # a random head on a trained backbone begins far from every return
 
     def forward(self, mb):
@@ -819,7 +820,8 @@ def decode_step(policy, state, inputs):
 def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args):
     """UsageError unless sampling with a cache, one pass, and one pass of each row alone give the same, tried on a few
     prompts (B, Q): a model whose cache, positions or attention do not fit is refused by what it does, not by name."""
-    kind = f"--model {args.model}: {policy.config.model_type} does not fit this script"
+    critic = f" with --value-model {args.value_model}" if getattr(args, "value_model", None) else ""
+    kind = f"--model {args.model}{critic}: {policy.config.model_type} does not fit this script"
     uniform = torch.full((len(queries), 4), 0.5, device=queries.device)
     try:
         with torch.no_grad():

@@ -160,6 +160,7 @@ WRONG = [
     (RL, "--task {no_references} --reward rouge1 --metrics diversity", "'rouge1'", "references"),
     (RL, "--task {no_references} --reward {own}:digits --metrics rouge", "'rouge'", "references"),
     ("supervised", "--task {no_references} --metrics diversity", "{no_references}", "references"),
+    ("supervised", "--task {hidden_references} --metrics rouge", "'rouge'", "'test_0'", "references"),
     (RL, "--reward parent", "'parent'", "meta"),
     # the run folder
     (ANY, "--run-dir {exists}", "--run-dir {exists}", "--resume", "name another"),
@@ -299,6 +300,8 @@ def things(tmp_path_factory, texts):
         write_rows(folder / "empty_val" / f"{split}.jsonl", rows)
     for split in ("train", "validation", "test"):
         write_rows(folder / "no_references" / f"{split}.jsonl", [{"prompt": "one two three"}] * 4)
+        rows = [{"prompt": "one two"} if split == "test" else row]
+        write_rows(folder / "hidden_references" / f"{split}.jsonl", rows)
     (folder / "not_json.jsonl").write_text(json.dumps(row) + "\n{'prompt': 3}\n" + (json.dumps(row) + "\n") * 10)
     write_rows(folder / "no_prompt.jsonl", [{"promt": "one"}] * 12)
     write_rows(folder / "few_rows.jsonl", [row] * 3)
@@ -389,6 +392,11 @@ def contents(folder):
     return {
         path: path.read_bytes() for path in files if path.name not in (".lock", "config.json") and path.suffix != ".pyc"
     }
+
+
+def test_critic_that_does_not_fit_is_named(things, tmp_path):
+    argv = flags("ppo_causal", **TINY | dict(task="numbers", value_model=things["t5"]))
+    assert_one_line(run("ppo_causal", argv, tmp_path), "ppo_causal", 2, [f"with --value-model {things['t5']}"])
 
 
 @pytest.mark.parametrize("script, line, told", list(spread(WRONG)))

@@ -226,6 +226,20 @@ def test_values_equal_those_of_every_prefix_alone(name, model):
     assert not own & shared, "the value model trains the policy's own weights"
 
 
+@pytest.mark.parametrize("name, kind", distinct(WITH_VALUES, VALUES))
+def test_critic_may_be_of_another_width(name, kind, tmp_path):
+    """A reward model is often larger than the policy."""
+    script, policy = importlib.import_module(name), small("t5" if kind == "seq2seq" else "gpt2")
+    config = copy.deepcopy(policy.config)
+    config.hidden_size *= 2
+    type(policy)(config).save_pretrained(tmp_path)
+    value_model = script.ValueModel(policy, str(tmp_path))
+    torch.nn.init.normal_(value_model.head.weight)
+    _, queries, query_mask, responses = rollout(kind)
+    values = value_model(mb_of(queries, query_mask, responses))
+    assert values.shape == responses.shape and values.all()
+
+
 @pytest.mark.parametrize("name, kind", CASES)
 def test_likelihood_is_the_library_loss(name, kind):
     """token_logprobs of response_logits, averaged, is the cross-entropy that transformers computes from labels."""

@@ -143,6 +143,7 @@ def test_resumed_is_as_if_it_had_gone_on(tmp_path, gpt2):
     [
         ([dict(prompt="a", completion="b")] * 3, "its rows need chosen and rejected, or label"),
         ([dict(prompt="a", label="b")] * 3, "all its training texts have one label"),
+        ([dict(prompt="a", label=["b", "c"])] * 3, "labels must be all texts or all whole numbers"),
         ([dict(prompt="a", chosen="b", rejected=None)] * 3, "chosen and rejected must be texts"),
     ],
 )
