@@ -200,7 +200,8 @@ def main():
     for model in (policy, reference, value_model):
         prepare_model(model, device, args.fsdp, args.gradient_checkpointing)
     optimizer = make_optimizer(policy, value_model, args.optimizer, args.learning_rate)
-    if checkpoint:
+    # another --optimizer than the checkpoint's begins anew
+    if checkpoint and checkpoint["optimizer"]["param_groups"][0].keys() == optimizer.param_groups[0].keys():
         load_optimizer(optimizer, checkpoint["optimizer"])
     prompt_ids, *_ = datapools.encode_batch(tokenizer, train[:4], args, pad_id, device, seq2seq)
     prompt_ids[0] = prompt_ids[0][: max(1, len(prompt_ids[0]) // 2)]  # one that is shorter than the others

@@ -448,6 +448,15 @@ def test_resumed_run_learns_at_the_rate_and_the_penalty_that_are_typed(script, k
             assert len({row["objective/kl_coef"] for row in after}) == len(after)  # the controller's
 
 
+def test_resumed_run_takes_another_optimizer(texts, digits, tmp_path):
+    """Which cannot go on from the other's moments."""
+    run_ok("a2c", command("a2c", "causal", texts, digits, num_iterations=2, optimizer="rmsprop"), tmp_path)
+    run_ok("a2c", ["--run-dir", "run", "--resume", "--num-iterations", "3", "--optimizer", "adam"], tmp_path)
+    state = checkpoint(tmp_path / "run")["optimizer"]["state"]
+    assert {slots["step"].item() for slots in state.values()} == {1.0}
+    assert all("exp_avg_sq" in slots for slots in state.values())
+
+
 def test_best_by_a_metric_that_the_resumed_run_adds(whole, texts, digits, tmp_path):
     """The evaluations before have no value of it."""
     run_dir = copy_of(whole("ppo_causal", "causal")[0], tmp_path)
