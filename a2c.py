@@ -360,8 +360,6 @@ def main():
 
 
 # ------------------------------------------------------------------------------------------------ A2C
-
-
 def gae(rewards, values, mask, gamma, gae_lambda):
     """Advantages (B, T), https://arxiv.org/abs/1506.02438 (16); what follows the last token, EOS or not, is worth 0."""
     advantages = torch.zeros_like(rewards)
@@ -387,8 +385,6 @@ def moments(x, mask):
 
 
 # ------------------------------------------------------------------------------------------------ policy and value
-
-
 def load_config(args):
     """The model's config; UsageError if it is no language model, or too short."""
     config = datapools.model_config(args.model)
@@ -596,8 +592,6 @@ def make_optimizer(policy, value_model, name, learning_rate):
 
 
 # ------------------------------------------------------------------------------------------------ sampling
-
-
 def uniforms(seed, stream, indices, length):
     """(len(indices), length) float64 uniform in [0, 1): the numbers at (seed, stream, index, position).
 
@@ -704,8 +698,6 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
-
-
 @torch.no_grad()
 def decode_split(policy, tokenizer, samples, decoding, args, device):
     """The responses to all samples, of which each process decodes its share."""
@@ -781,8 +773,6 @@ def evaluate(split, samples, iteration, policy, tokenizer, metrics, decoding, ar
 
 
 # ------------------------------------------------------------------------------------------------ command line
-
-
 def fail(message, code=2):
     """Ends the process with one line from rank 0; code 2: the command is wrong, 1: the run cannot go on."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -864,8 +854,6 @@ def check_args(args):
 
 
 # ------------------------------------------------------------------------------------------------ files of a run
-
-
 LOGS = ("metrics.jsonl", "eval.jsonl")
 
 
@@ -1015,8 +1003,6 @@ def announce(run_dir, policy, lengths, device, args, record, rank):
 
 
 # ------------------------------------------------------------------------------------------------ processes
-
-
 def local_device():
     """This process's own GPU, the LOCAL_RANK-th, or the CPU."""
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")

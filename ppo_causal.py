@@ -373,8 +373,6 @@ def main():
 
 
 # ------------------------------------------------------------------------------------------------ PPO
-
-
 def gae(rewards, values, mask, gamma, gae_lambda):
     """Advantages (B, T), https://arxiv.org/abs/1506.02438 (16); what follows the last token, EOS or not, is worth 0."""
     advantages = torch.zeros_like(rewards)
@@ -415,8 +413,6 @@ def minibatch_rows(args, iteration, rank, world_size):
 
 
 # ------------------------------------------------------------------------------------------------ policy and value
-
-
 def load_config(args):
     """The model's config; UsageError if it is no decoder-only language model, or too short."""
     config = datapools.model_config(args.model)
@@ -586,8 +582,6 @@ def rollout_passes(policy, reference, value_model, batch, behaviour, autocast, a
 
 
 # ------------------------------------------------------------------------------------------------ sampling
-
-
 def uniforms(seed, stream, indices, length):
     """(len(indices), length) float64 uniform in [0, 1): the numbers at (seed, stream, index, position).
 
@@ -685,8 +679,6 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
-
-
 @torch.no_grad()
 def decode_split(policy, tokenizer, samples, decoding, args, device):
     """The responses to all samples, of which each process decodes its share."""
@@ -762,8 +754,6 @@ def evaluate(split, samples, iteration, policy, tokenizer, metrics, decoding, ar
 
 
 # ------------------------------------------------------------------------------------------------ command line
-
-
 def fail(message, code=2):
     """Ends the process with one line from rank 0; code 2: the command is wrong, 1: the run cannot go on."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -846,8 +836,6 @@ def check_args(args):
 
 
 # ------------------------------------------------------------------------------------------------ files of a run
-
-
 LOGS = ("metrics.jsonl", "eval.jsonl")
 
 
@@ -997,8 +985,6 @@ def announce(run_dir, policy, lengths, device, args, record, rank):
 
 
 # ------------------------------------------------------------------------------------------------ processes
-
-
 def local_device():
     """This process's own GPU, the LOCAL_RANK-th, or the CPU."""
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")

@@ -215,8 +215,6 @@ def main():
 
 
 # ------------------------------------------------------------------------------------------------ the losses
-
-
 def preference(scores):
     """-log P(chosen wins) by Bradley and Terry, and the margin r(chosen) - r(rejected): (2b, 1) -> (b,) each."""
     chosen, rejected = scores.squeeze(-1).chunk(2)
@@ -231,8 +229,6 @@ def label_likelihood(scores, answers):
 
 
 # ------------------------------------------------------------------------------------------------ the data
-
-
 def number_pairs(split):
     """Pairs of synthetic counts that rise and fall back more or less often; the one that rises for longer, as
     increasing_numbers has it, is chosen."""
@@ -307,8 +303,6 @@ def encode(tokenizer, texts, pairs, device):
 
 
 # ------------------------------------------------------------------------------------------------ the model
-
-
 class Scorer(nn.Module):
     """A sequence classifier of transformers: one output for preferences, else one for each label."""
 
@@ -360,8 +354,6 @@ def head_in_float32(model):
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
-
-
 @torch.no_grad()
 def score_split(model, tokenizer, labels, samples, args, autocast, device):
     """The logits of all samples, a list for each of its texts, of which each process computes its share."""
@@ -411,8 +403,6 @@ def evaluate_scores(split, samples, iteration, model, tokenizer, labels, args, a
 
 
 # ------------------------------------------------------------------------------------------------ command line
-
-
 def fail(message, code=2):
     """Ends the process with one line from rank 0; code 2: the command is wrong, 1: the run cannot go on."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -486,8 +476,6 @@ def check_args(args):
 
 
 # ------------------------------------------------------------------------------------------------ files of a run
-
-
 LOGS = ("metrics.jsonl", "eval.jsonl")
 
 
@@ -637,8 +625,6 @@ def announce(run_dir, policy, lengths, device, args, record, rank):
 
 
 # ------------------------------------------------------------------------------------------------ processes
-
-
 def local_device():
     """This process's own GPU, the LOCAL_RANK-th, or the CPU."""
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")

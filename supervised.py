@@ -267,8 +267,6 @@ def main():
 
 
 # ------------------------------------------------------------------------------------------------ maximum likelihood
-
-
 class Pairs:
     """(prompt, reference) of every reference of a split, each read when it is asked for; numbers alone are kept."""
 
@@ -360,8 +358,6 @@ def train_tokenizer(samples, vocab_size, ends_with_eos):
 
 
 # ------------------------------------------------------------------------------------------------ the policy
-
-
 def load_config(args):
     """The model's config; UsageError if it is no language model, or too short."""
     config = datapools.model_config(args.model)
@@ -504,8 +500,6 @@ def micro_batches(batch, size):
 
 
 # ------------------------------------------------------------------------------------------------ sampling
-
-
 def uniforms(seed, stream, indices, length):
     """(len(indices), length) float64 uniform in [0, 1): the numbers at (seed, stream, index, position).
 
@@ -612,8 +606,6 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
-
-
 @torch.no_grad()
 def decode_split(policy, tokenizer, samples, decoding, args, device):
     """The responses to all samples, of which each process decodes its share."""
@@ -689,8 +681,6 @@ def evaluate(split, samples, iteration, policy, tokenizer, metrics, decoding, ar
 
 
 # ------------------------------------------------------------------------------------------------ command line
-
-
 def fail(message, code=2):
     """Ends the process with one line from rank 0; code 2: the command is wrong, 1: the run cannot go on."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -769,8 +759,6 @@ def check_args(args):
 
 
 # ------------------------------------------------------------------------------------------------ files of a run
-
-
 LOGS = ("metrics.jsonl", "eval.jsonl")
 
 
@@ -920,8 +908,6 @@ def announce(run_dir, policy, lengths, device, args, record, rank):
 
 
 # ------------------------------------------------------------------------------------------------ processes
-
-
 def local_device():
     """This process's own GPU, the LOCAL_RANK-th, or the CPU."""
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")

@@ -413,8 +413,6 @@ def main():
 
 
 # ------------------------------------------------------------------------------------------------ TRPO
-
-
 def gae(rewards, values, mask, gamma, gae_lambda):
     """Advantages (B, T), https://arxiv.org/abs/1506.02438 (16); what follows the last token, EOS or not, is worth 0."""
     advantages = torch.zeros_like(rewards)
@@ -538,8 +536,6 @@ def check_derivatives(actor, parameters, queries, query_mask, args):
 
 
 # ------------------------------------------------------------------------------------------------ policy and value
-
-
 def load_config(args):
     """The model's config; UsageError if it is no language model, or too short."""
     config = datapools.model_config(args.model)
@@ -739,8 +735,6 @@ def rollout_passes(policy, reference, value_model, batch, behaviour, autocast, a
 
 
 # ------------------------------------------------------------------------------------------------ sampling
-
-
 def uniforms(seed, stream, indices, length):
     """(len(indices), length) float64 uniform in [0, 1): the numbers at (seed, stream, index, position).
 
@@ -847,8 +841,6 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
-
-
 @torch.no_grad()
 def decode_split(policy, tokenizer, samples, decoding, args, device):
     """The responses to all samples, of which each process decodes its share."""
@@ -924,8 +916,6 @@ def evaluate(split, samples, iteration, policy, tokenizer, metrics, decoding, ar
 
 
 # ------------------------------------------------------------------------------------------------ command line
-
-
 def fail(message, code=2):
     """Ends the process with one line from rank 0; code 2: the command is wrong, 1: the run cannot go on."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -1007,8 +997,6 @@ def check_args(args):
 
 
 # ------------------------------------------------------------------------------------------------ files of a run
-
-
 LOGS = ("metrics.jsonl", "eval.jsonl")
 
 
@@ -1158,8 +1146,6 @@ def announce(run_dir, policy, lengths, device, args, record, rank):
 
 
 # ------------------------------------------------------------------------------------------------ processes
-
-
 def local_device():
     """This process's own GPU, the LOCAL_RANK-th, or the CPU."""
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
