@@ -244,10 +244,10 @@ ABLATIONS = {
     "gamma 1": ("PPO", dict(gamma=1.0), {}),
     "value head at random": ("PPO", {}, RANDOM_HEAD),
     "one clipping for policy and critic": ("PPO", {}, ONE_CLIPPING),
-    "value head at random, one clipping": ("PPO", {}, RANDOM_HEAD | ONE_CLIPPING),
     "critic alone for 4 iterations": ("PPO", dict(value_warmup_iterations=4), {}),
-    "2 epochs": ("PPO", dict(update_epochs=2), {}),
     "bfloat16": ("PPO", dict(dtype="bfloat16"), {}),
+    "2 epochs": ("PPO", dict(update_epochs=2), {}),
+    "value head at random, one clipping": ("PPO", {}, RANDOM_HEAD | ONE_CLIPPING),
     "mask of 0.5": ("NLPO", dict(top_mask=0.5), {}),
     "mask of 0.5, as released": ("NLPO as released", dict(top_mask=0.5), {}),
 }
