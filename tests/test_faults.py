@@ -433,7 +433,7 @@ def test_longer_run_goes_on_from_a_finished_one(whole, texts, digits, tmp_path):
     assert rows(tmp_path / "seven" / "metrics.jsonl") == metrics
 
 
-@pytest.mark.parametrize("script, kind", SHORT_CASES)
+@pytest.mark.parametrize("script, kind", [*SHORT_CASES, ("ppo_causal", "causal"), ("nlpo_seq2seq", "seq2seq")])
 def test_resumed_run_learns_at_the_rate_and_the_penalty_that_are_typed(script, kind, whole, texts, digits, tmp_path):
     """Not at those of the checkpoint, which hold where nothing is typed, and the next time."""
     run_dir = copy_of(whole(script, kind)[0], tmp_path)

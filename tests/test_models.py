@@ -38,7 +38,10 @@ T5GEMMA = dict(
     intermediate_size=64, max_position_embeddings=128, query_pre_attn_scalar=8, pad_token_id=0, bos_token_id=1,
     eos_token_id=2,
 )  # fmt: skip
-FAST = {"gpt2", "llama", "gemma2", "mamba", "mixtral", "bloom", "opt", "t5", "bart", "m2m_100", "t5gemma", "marian"}
+FAST = {
+    "gpt2", "llama", "gemma2", "mamba", "mamba2", "jamba", "mixtral", "bloom", "opt", "t5", "bart", "m2m_100",
+    "t5gemma", "marian",
+}  # fmt: skip
 CAUSAL = (
     "gpt2 llama gemma2 mamba mixtral bloom opt falcon falcon_mamba gpt_neox gptj mpt phi phi3 qwen2 qwen3 qwen3_moe "
     "qwen2_moe qwen3_next mistral gemma gemma3_text cohere cohere2 olmo olmo2 granite granitemoe deepseek_v2 "

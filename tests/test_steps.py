@@ -465,6 +465,15 @@ def test_before_the_first_step_the_ratio_is_one(script, kind, texts):
     assert sums["value"] == pytest.approx(((after.values - after.returns) ** 2).sum().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("script, kind", [case for case in RL_CASES if case[0] != "trpo"])
+def test_an_update_leaves_no_gradient_to_the_next(script, kind, texts):
+    """Of two updates on one rollout the second moves the weights as far as the first, not twice as far."""
+    setting = Setting(script, kind, texts)
+    before = setting.run(1, 5)
+    first, second = (changes_of(setting, lr=1e-5, before=before) for _ in range(2))
+    assert second == pytest.approx(first, rel=0.2)
+
+
 @pytest.mark.parametrize("script, kind", CLIPPED)
 def test_an_early_stop_throws_its_gradients_away(script, kind, texts):
     """The first step is taken; the second minibatch is too far off, and leaves neither a step nor a gradient."""
