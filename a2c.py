@@ -78,7 +78,7 @@ from rewards import is_best, make_metrics, make_rewards, measure, score_texts
 # What RL4LMs' configurations say of each task: batch_size is its tokens per iteration over the response length, the KL
 # columns are those of its PPO. It configures A2C for two tasks only, with learning rates of 1e-5 (numbers) and 1e-6
 # (IMDB, KL target 0.5): the rates here are ours: PPO's in ppo_*.py times 3, and were not tuned on these tasks.
-# `numbers` and `dates` are set for the small model of supervised.py.
+# `numbers` and `dates` are set for the small model of supervised.py; at a rate that does not fall it ends lower there.
 TASK_COLUMNS = "batch_size num_iterations learning_rate anneal_lr kl_coef target_kl".split()
 TASK_DEFAULTS = {
     "numbers dates":                          (64, 150, 5e-4, True, 0.01, 2.0),
@@ -194,7 +194,7 @@ def main():
     iteration, kl_coef = 0, args.kl_coef
     if checkpoint:
         iteration = checkpoint["iteration"]
-        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # the controller's, unless another was typed
+        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # kept under its flag: another begins anew
         policy.load_state_dict(checkpoint["policy"])
         value_model.load_state_dict(checkpoint["value_model"])
     for model in (policy, reference, value_model):

@@ -205,7 +205,7 @@ def main():
     iteration, kl_coef = 0, args.kl_coef
     if checkpoint:
         iteration = checkpoint["iteration"]
-        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # the controller's, unless another was typed
+        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # kept under its flag: another begins anew
         policy.load_state_dict(checkpoint["policy"])
         value_model.load_state_dict(checkpoint["value_model"])
         mask_model.load_state_dict(checkpoint["mask_model"])
