@@ -621,15 +621,22 @@ def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, wa
     return responses, mask, logprobs
 
 
+class FixedCache(StaticCache):
+    """Keys and values of a fixed size: what grows is copied at every token. Both are of one dtype, that of the values:
+    under autocast rotary positions leave keys in float32, which attention would round as it does the values."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
 def start_decoding(policy, queries, query_mask, length):
     """What decode_step needs for up to `length` tokens, and its first input: the start token, or the prompts."""
     if policy.config.is_encoder_decoder:
         start = torch.full_like(queries[:, :1], policy.config.decoder_start_token_id)
         return dict(input_ids=queries, attention_mask=query_mask.long(), past_key_values=None), start
     mask, position_ids = prompt_and_response(query_mask, length)
-    # keys and values of a fixed size where the model can: what grows is copied at every token
-    static = policy._can_compile_fullgraph and not policy._is_stateful
-    cache = dict(past_key_values=StaticCache(policy.config, max_cache_len=mask.shape[1])) if static else {}
+    static = policy._can_compile_fullgraph and not policy._is_stateful  # what can have a FixedCache
+    cache = dict(past_key_values=FixedCache(policy.config, max_cache_len=mask.shape[1])) if static else {}
     return dict(mask=mask, position_ids=position_ids, cache=cache, static=static, seen=0), queries
 
 

@@ -8,9 +8,9 @@
 The first call of evidence.py makes all runs, one after the other, what matters most first; called again it goes on
 where it ended. The second reads what there is, and writes docs/results_tables.md and the pictures.
 
-All algorithms sample the same number of responses, pay the same fixed weight for KL, and get the same search: three
+All algorithms sample the same number of responses, pay the same fixed weight for KL, and get the same search: four
 sizes of step on seed 100, of which that with the highest objective on val (score - kl_coef * KL of a response) is
-taken. Reported seeds are others. KL is that of the policy as it is evaluated: without NLPO's mask.
+taken. Reported seeds are 1 to 5. KL is that of the policy as it is evaluated: without NLPO's mask.
 """
 
 import itertools
@@ -46,7 +46,6 @@ class Task:
     others: dict  # metrics that nothing is trained on: column -> name in eval.jsonl
     kl_coef: float
     length: int  # tokens of a response, about: what turns KL per token into KL per response
-    seeds: dict  # algorithm -> number of seeds
     start: dict
     shared: dict
     rl: dict
@@ -55,11 +54,11 @@ class Task:
 @dataclass(frozen=True)
 class Algorithm:
     script: str
-    steps: dict  # the three settings of the search: flag -> values
+    steps: dict  # the settings of the search: flag -> values
     flags: dict
 
 
-RATES = {"learning_rate": (3e-4, 1e-3, 3e-3)}
+RATES = {"learning_rate": (1e-4, 3e-4, 1e-3, 3e-3)}
 EPOCHS = dict(num_minibatches=4, update_epochs=1)
 ALGORITHMS = {
     "PPO": Algorithm("ppo", RATES, EPOCHS),
@@ -68,11 +67,12 @@ ALGORITHMS = {
         "nlpo", RATES, EPOCHS | dict(top_mask=0.9, target_update_iterations=0, ratio="unmasked")
     ),
     "A2C": Algorithm("a2c", RATES, {}),
-    "TRPO": Algorithm("trpo", {"delta": (0.003, 0.01, 0.03)}, dict(learning_rate=1e-3, cg_steps=5, critic_epochs=5)),
+    "TRPO": Algorithm(
+        "trpo", {"delta": (0.003, 0.01, 0.03, 0.1)}, dict(learning_rate=1e-3, cg_steps=5, critic_epochs=5)
+    ),
     "GRPO": Algorithm("grpo", RATES, EPOCHS | dict(group_size=8)),
 }
 MASKED = ["PPO", "NLPO", "NLPO as released"]  # what the comparison is about
-FIVE_AND_THREE = {name: 5 if name in MASKED else 3 for name in ALGORITHMS}
 
 
 def tasks_of(out):
@@ -81,7 +81,7 @@ def tasks_of(out):
     small = dict(model="scratch", batch_size=16, anneal_lr=True, learning_rate=1e-3)
     reward = dict(model=out / "sentiment" / "reward" / "model", include_prompt="false")
     sentiment = Task(
-        kind="causal", score="classifier", kl_coef=0.01, length=16, seeds=FIVE_AND_THREE,
+        kind="causal", score="classifier", kl_coef=0.01, length=16,
         others={"judge": "judge", "perplexity": "reference_perplexity", "distinct-2": "diversity_metrics/distinct-2"},
         start=small | dict(policy_type="causal", scratch_vocab_size=3000, scratch_layers=4, num_epochs=1,
                            eval_every=1000, save_every=500, metrics=("perplexity", "diversity"), response_length=24,
@@ -96,7 +96,7 @@ def tasks_of(out):
                     f"{OWN}:start_kl.without_eos": "true"}),
     )  # fmt: skip
     summaries = Task(
-        kind="seq2seq", score="rouge1", kl_coef=0.01, length=9, seeds=FIVE_AND_THREE,
+        kind="seq2seq", score="rouge1", kl_coef=0.01, length=9,
         others={"rougeL": "rougeL", "chrF": "chrf", "distinct-2": "diversity_metrics/distinct-2"},
         start=small | dict(policy_type="seq2seq", scratch_vocab_size=3000, num_epochs=2, eval_every=1000,
                            save_every=500, metrics=("rouge", "chrf", "diversity")),
@@ -110,7 +110,6 @@ def tasks_of(out):
     )  # fmt: skip
     numbers = Task(
         kind="causal", score="increasing_numbers", others={}, kl_coef=0.01, length=15,
-        seeds=dict.fromkeys(ALGORITHMS, 3),
         start=dict(policy_type="causal", model="scratch", metrics="increasing_numbers"),
         shared=dict(task="numbers", task_kwargs=dict(n_samples=300), eval_samples=300),
         rl=dict(reward="increasing_numbers", num_iterations=20, eval_every=10, save_every=20,
@@ -158,7 +157,9 @@ def run(folder, script, flags, scripts):
         log.write(" ".join(command) + "\n")
         log.flush()
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
-    print(f"{folder}: {'finished' if code == 0 else f'exit code {code}'}", flush=True)
+    print(f"{folder}: {'finished' if code == 0 else f'exit code {code}, {folder.name}.log says why'}", flush=True)
+    if code and folder.name in ("start", "reward"):
+        raise SystemExit(code)  # what all other runs need
 
 
 def flags_of(task, name, setting, seed, out):
@@ -218,7 +219,7 @@ def run_task(key, task, args):
         run(out / "reward", args.scripts / "reward_model.py", flags, args.scripts)
 
     def reported(name, seed, setting, folder):
-        if setting and seed <= task.seeds[name]:
+        if setting:
             run(folder, script_of(name, task, args.scripts), flags_of(task, name, setting, seed, out), args.scripts)
 
     for group in (MASKED, [name for name in ALGORITHMS if name not in MASKED]):

@@ -132,10 +132,13 @@ def own_logprobs(policy, seq2seq, query, response):
     return logits.log_softmax(-1)
 
 
-@pytest.mark.parametrize("seq2seq, kind", [
+ALL = [
     *(pytest.param(False, kind, marks=() if kind in FAST else pytest.mark.slow) for kind in CAUSAL),
     *(pytest.param(True, kind, marks=() if kind in FAST else pytest.mark.slow) for kind in SEQ2SEQ),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("seq2seq, kind", ALL)
 def test_sampled_scored_alone_and_own_forward_agree(seq2seq, kind, tmp_path):
     script, args, policy, value_model, queries, query_mask = load(kind, seq2seq, save(kind, seq2seq, tmp_path))
     eos = torch.tensor(policy.generation_config.eos_token_id)
@@ -152,6 +155,25 @@ def test_sampled_scored_alone_and_own_forward_agree(seq2seq, kind, tmp_path):
         own = own.log_softmax(-1).gather(1, response[:, None]).squeeze(1)
         assert (own - sampled[i][mask[i]]).abs().max() < 1e-4
     assert value_model(batch_of(queries, query_mask, responses, mask)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("seq2seq, kind", ALL)
+def test_bfloat16(seq2seq, kind, tmp_path):
+    """Under autocast a model samples with its cache what it scores in one pass, learns, and searches."""
+    script, _, policy, value_model, queries, query_mask = load(kind, seq2seq, save(kind, seq2seq, tmp_path))
+    behaviour = dict(temperature=1.0, min_response_length=2, eos=torch.tensor(policy.generation_config.eos_token_id))
+    script.head_in_float32(policy)
+    uniform = torch.rand(4, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        responses, mask, sampled, *_ = script.sample_responses(policy, queries, query_mask, uniform, behaviour, 0)
+        mb = batch_of(queries, query_mask, responses, mask)
+        logits, values = script.response_logits(policy, mb), value_model(mb)
+        with torch.no_grad():
+            script.beam_search(policy, queries, query_mask)
+    scored = script.token_logprobs(script.behaviour_logits(logits, 0, **behaviour), responses)
+    assert (scored - sampled)[mask].abs().mean() < 0.02
+    (scored + values)[mask].sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in policy.parameters())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart", "t5gemma"])
