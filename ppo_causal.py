@@ -1023,7 +1023,7 @@ def prepare_model(model, device, fsdp, recompute):
         layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, **options)
     if fsdp:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        for module in [*layers, model]:
+        for module in [*reversed(layers), model]:  # what is within another before it (Mamba names both)
             fully_shard(module, mesh=mesh)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

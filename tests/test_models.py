@@ -29,7 +29,7 @@ SIZES = dict(
     moe_intermediate_size=32, shared_expert_intermediate_size=32, encoder_layers=2, decoder_layers=2,
     num_decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
     d_kv=8, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, pad_token_id=0,
-    bos_token_id=1, eos_token_id=2, attention_window=8, rotary_dim=4, n_group=1, topk_group=1,
+    bos_token_id=1, eos_token_id=2, attention_window=8, sliding_window=6, rotary_dim=4, n_group=1, topk_group=1,
     state_size=8, conv_kernel=4, max_encoder_position_embeddings=128, max_decoder_position_embeddings=128,
 )  # fmt: skip
 OF_A_DECODER = dict(is_decoder=True)
@@ -248,6 +248,20 @@ def test_an_iteration_from_the_command_line(seq2seq, kind, words, tmp_path):
     assert result.code == 0, result.stderr
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["rollout/sampler_error"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mamba", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_sharded(kind, words, tmp_path):
+    """Also a model that names blocks, and parts of them, as what is not to be split."""
+    save(kind, False, tmp_path / "model")
+    flags = (
+        f"--task {words} --model {tmp_path / 'model'} --reward rouge1 --prompt-length 8 --response-length 6 --fsdp "
+        "--batch-size 4 --num-minibatches 2 --update-epochs 1 --num-iterations 1 --eval-samples 2 --run-dir run "
+        "--gradient-checkpointing"
+    )
+    result = run("ppo_causal", flags.split(), tmp_path, timeout=120, processes=2)
+    assert result.code == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["rollout/sampler_error"] < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mixtral", pytest.param("qwen3_next", marks=pytest.mark.slow)])

@@ -568,3 +568,71 @@ def test_kl_controller(script, kind, made):
         error = (np.mean(kl) - target) / target
         assert later["kl_coef"] == pytest.approx(KL_COEF * (1 + 0.1 * np.clip(error, -0.2, 0.2)), rel=1e-3)
         assert later["mean_kl"] == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ step 8
+
+
+@pytest.mark.parametrize("script, kind", RL_CASES)
+def test_log(script, kind, texts):
+    """What metrics.jsonl says of a rollout by hand, and of an update so small that nothing has moved."""
+    setting = Setting(script, kind, texts, norm_adv=False)
+    after, logged, clock = setting.run(1, 5, iteration=2), [], iter([15.0, 21.0])
+    rows = by_hand(setting, 2, range(B), encoded(setting, after.samples))
+    variables = vars(after) | dict(started=1.0, sample_ended=3.0, score_ended=6.0, forward_ended=10.0)
+    variables |= dict(seconds=lambda device: next(clock), progress=None, run_dir=None, sampler_error=0.25)
+    variables |= dict(optimizer=setting.sgd(1e-9), log_row=lambda row, *_: logged.append(row))
+    later = run_steps(script, 6, 8, **variables)
+    lengths = [len(row["tokens"]) for row in rows]
+    kls = [[a - b for a, b in zip(row["unmasked"], row["ref"], strict=True)] for row in rows]
+    scores = length_of([sample.prompt for sample in after.samples], after.generations, None, None)
+    mean_kl = sum(map(sum, kls)) / sum(lengths)
+    expected = {
+        "objective/score": np.mean(scores),
+        "objective/kl": mean_kl,
+        "objective/kl_coef": KL_COEF,
+        "objective/entropy": sum(sum(row["entropy"]) for row in rows) / sum(lengths),
+        "objective/rlhf_reward": np.mean([score - KL_COEF * sum(kl) for score, kl in zip(scores, kls, strict=True)]),
+        "reward/own": np.mean(scores),
+        "losses/learning_rate": 1e-9,
+        "rollout/response_length": np.mean(lengths),
+        "rollout/eos_fraction": np.mean([row["tokens"][-1] in setting.eos.tolist() for row in rows]),
+        "rollout/sampler_error": 0.25,
+        "time/sample_seconds": 2.0,
+        "time/score_seconds": 3.0,
+        "time/forward_seconds": 4.0,
+        "time/update_seconds": 5.0,
+        "time/iteration_seconds": 20.0,
+        "time/tokens_per_second": sum(lengths) / 20,
+    }
+    if (script, kind) in WITH_VALUES:
+        rewards = [[-KL_COEF * x for x in kl] for kl in kls]
+        for row, score in zip(rewards, scores, strict=True):
+            row[-1] += score
+        advantages = [gae_of(r, row["values"]) for r, row in zip(rewards, rows, strict=True)]
+        errors = np.concatenate(advantages)
+        returns = errors + np.concatenate([row["values"] for row in rows])
+        expected["losses/explained_variance"] = 1 - np.var(errors, ddof=1) / np.var(returns, ddof=1)
+        expected["losses/value"] = np.mean(errors**2)
+        factors = np.concatenate([row["logprobs"] for row in rows]) if script == "a2c" else 1.0
+        expected["losses/policy"] = -np.mean(errors * factors)
+    if script == "trpo":
+        residual = (later["gradient"] - later["product"]).norm() / later["gradient"].norm()
+        expected |= {
+            "losses/policy": -later["improvement"],
+            "losses/surrogate_improvement": later["improvement"],
+            "losses/kl_after": later["kl_after"],
+            "losses/step_size": later["step_size"],
+            "losses/line_search_steps": later["line_search_steps"],
+            "losses/accepted": float(later["accepted"]),
+            "losses/grad_norm": later["gradient"].norm().item(),
+        }
+        assert 0 < logged[0]["losses/cg_residual"] == pytest.approx(residual.item())
+        assert later["accepted"] and later["improvement"] > 0
+    if (script, kind) in CLIPPED:
+        expected |= {"losses/optimizer_steps": 4, "losses/ratio": 1, "losses/clipfrac": 0}
+    if script.startswith("nlpo"):
+        masses = [np.exp(np.subtract(row["unmasked"], row["logprobs"])) for row in rows]
+        expected["rollout/mask_mass"] = np.mean(np.concatenate(masses))
+    for name, value in expected.items():
+        assert logged[0][name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
