@@ -573,15 +573,30 @@ def test_kl_controller(script, kind, made):
 # ------------------------------------------------------------------------------------------------ step 8
 
 
+class NoStep:
+    """An optimizer that moves nothing, and remembers the norm of each model's gradient."""
+
+    def __init__(self, models, lr):
+        self.models, self.param_groups, self.norms = models, [dict(lr=lr)], []
+
+    def step(self):
+        gradients = [[p.grad.flatten() for p in model.parameters() if p.grad is not None] for model in self.models]
+        self.norms.append([torch.cat(parts).norm().item() if parts else 0.0 for parts in gradients])
+
+    def zero_grad(self):
+        for model in self.models:
+            model.zero_grad()
+
+
 @pytest.mark.parametrize("script, kind", RL_CASES)
 def test_log(script, kind, texts):
-    """What metrics.jsonl says of a rollout by hand, and of an update so small that nothing has moved."""
-    setting = Setting(script, kind, texts, norm_adv=False)
+    """What metrics.jsonl says of a rollout by hand, and of an update that moves nothing."""
+    setting = Setting(script, kind, texts, norm_adv=False, critic_epochs=2)
     after, logged, clock = setting.run(1, 5, iteration=2), [], iter([15.0, 21.0])
     rows = by_hand(setting, 2, range(B), encoded(setting, after.samples))
     variables = vars(after) | dict(started=1.0, sample_ended=3.0, score_ended=6.0, forward_ended=10.0)
     variables |= dict(seconds=lambda device: next(clock), progress=None, run_dir=None, sampler_error=0.25)
-    variables |= dict(optimizer=setting.sgd(1e-9), log_row=lambda row, *_: logged.append(row))
+    variables |= dict(optimizer=NoStep(setting.parts, 1e-9), log_row=lambda row, *_: logged.append(row))
     later = run_steps(script, 6, 8, **variables)
     lengths = [len(row["tokens"]) for row in rows]
     kls = [[a - b for a, b in zip(row["unmasked"], row["ref"], strict=True)] for row in rows]
@@ -605,7 +620,11 @@ def test_log(script, kind, texts):
         "time/iteration_seconds": 20.0,
         "time/tokens_per_second": sum(lengths) / 20,
     }
+    norms = np.array(later["optimizer"].norms)  # (steps, models)
+    if script != "trpo":
+        expected["losses/grad_norm"] = norms[:, 0].mean()
     if (script, kind) in WITH_VALUES:
+        expected["losses/value_grad_norm"] = norms[-1, 1] if script == "trpo" else norms[:, 1].mean()
         rewards = [[-KL_COEF * x for x in kl] for kl in kls]
         for row, score in zip(rewards, scores, strict=True):
             row[-1] += score
