@@ -336,8 +336,8 @@ class Scorer(nn.Module):
 
     def forward(self, encoded):
         """Logits (n, labels) in float32, by the same call as the rewards'."""
-        accepted = inspect.signature(self.backbone.forward).parameters
-        return self.backbone(**{name: ids for name, ids in encoded.items() if name in accepted}).logits.float()
+        accepted, inputs = inspect.signature(self.backbone.forward).parameters, dict(encoded, use_cache=False)
+        return self.backbone(**{name: x for name, x in inputs.items() if name in accepted}).logits.float()
 
 
 def head_in_float32(model):

@@ -1034,7 +1034,8 @@ def classify(model, tokenizer, length: int, batch_size: int, texts, pairs=None, 
             max_length=length,
             add_special_tokens=special,
         ).to(model.device)
-        rows.append(model(**{key: ids for key, ids in encoded.items() if key in accepted}).logits.float().cpu())
+        inputs = dict(encoded, use_cache=False)
+        rows.append(model(**{key: x for key, x in inputs.items() if key in accepted}).logits.float().cpu())
     return torch.cat(rows)
 
 

@@ -138,6 +138,28 @@ def test_resumed_is_as_if_it_had_gone_on(tmp_path, gpt2):
     assert script_runs.same(one, two)
 
 
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_how_it_is_computed_changes_nothing(kind, tmp_path):
+    """Micro-batches, layers computed again, two processes, shards, and bfloat16 but for rounding."""
+    rows = [dict(prompt=f"count {i}", chosen="1 2 3 " * (i % 3 + 1), rejected="9 4 " * (i % 4)) for i in range(20)]
+    words = ["--task", write(tmp_path / "pairs", rows), "--model", script_runs.tiny_model(kind), *SMALL]
+    losses = {}
+    for name, changes, processes in (
+        ("plain", [], 1),
+        ("again", ["--gradient-checkpointing", "--micro-batch-size", 3], 1),
+        ("two", [], 2),
+        ("shards", ["--gradient-checkpointing", "--fsdp"], 2),
+        ("bfloat16", ["--dtype", "bfloat16"], 1),
+    ):
+        words_of = [*words, "--num-epochs", 1, "--max-length", 40, "--run-dir", name, *changes]
+        script_runs.run_ok("reward_model", words_of, tmp_path, processes=processes)
+        losses[name] = [row["losses/nll"] for row in script_runs.rows(tmp_path / name / "metrics.jsonl")]
+    assert len(set(losses["plain"])) > 1
+    for name, some in losses.items():
+        assert some[0] == pytest.approx(losses["plain"][0], rel=5e-3), name
+        assert some == pytest.approx(losses["plain"], rel=0.1 if name == "bfloat16" else 1e-4), name  # steps add up
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [
