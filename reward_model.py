@@ -62,7 +62,7 @@ from transformers import AutoModelForSequenceClassification
 
 import datapools
 from datapools import LOADING_ERRORS, UsageError
-from rewards import as_text, increasing_numbers, judged_text, max_tokens
+from rewards import as_text, encode_texts, increasing_numbers, judged_text, max_tokens
 
 # `numbers` are pairs of synthetic texts for the small model of supervised.py; else, one pass at 1e-5 (InstructGPT).
 TASK_COLUMNS = "batch_size num_epochs learning_rate".split()
@@ -74,9 +74,7 @@ class Args:
     __pydantic_config__ = {"allow_inf_nan": False}
 
     # --- what is learned
-    task: str = (
-        "numbers"  # a file or folder of `prompt`, `chosen` and `rejected`, or of `prompt` and `label`; `numbers`
-    )
+    task: str = "numbers"  # a file or folder of `prompt`, `chosen`, `rejected`, or of `prompt`, `label`; or `numbers`
     model: str = "gpt2"  # the backbone to start from: a hub name, or a folder of `save_pretrained`
     task_kwargs: dict[str, str] = field(default_factory=dict)  # options of the task's loader as KEY VALUE ...
     separator: str = " "  # what joins prompt and text where no space does: as RL's texts will be joined
@@ -296,8 +294,7 @@ def encode(tokenizer, texts, pairs, device):
     """Named tensors (n, L) of the texts: of pairs, all that are chosen first; a chat template has special tokens."""
     special = not pairs or tokenizer.chat_template is None
     flat = [text for column in zip(*texts, strict=True) for text in column]
-    cut = dict(padding=True, truncation=True, max_length=tokenizer.model_max_length)
-    encoded = tokenizer(flat, **cut, add_special_tokens=special, return_tensors="pt").to(device)
+    encoded = encode_texts(tokenizer, tokenizer.model_max_length, device, flat, special=special)
     tokenizer("")  # forgets how it has cut and padded: model/ would keep that
     return encoded
 
@@ -336,8 +333,8 @@ class Scorer(nn.Module):
 
     def forward(self, encoded):
         """Logits (n, labels) in float32, by the same call as the rewards'."""
-        accepted, inputs = inspect.signature(self.backbone.forward).parameters, dict(encoded, use_cache=False)
-        return self.backbone(**{name: x for name, x in inputs.items() if name in accepted}).logits.float()
+        accepted = inspect.signature(self.backbone.forward).parameters
+        return self.backbone(**{name: x for name, x in encoded.items() if name in accepted}).logits.float()
 
 
 def head_in_float32(model):

@@ -1012,6 +1012,16 @@ def beginnings(tokenizer, texts: list[str], tokens: int) -> list[str]:
     ]
 
 
+def encode_texts(tokenizer, length: int, device, *columns, special=True) -> dict:
+    """A classifier's inputs for texts, or for pairs: (N, L) each. special: add the tokenizer's special tokens."""
+    cut = dict(padding=True, truncation=True, max_length=length, add_special_tokens=special, return_tensors="pt")
+    encoded = tokenizer(*columns, **cut).to(device)
+    if encoded["input_ids"].shape[1] == 0:  # no text has a token: one of padding, as beside longer ones
+        padding = torch.full((len(columns[0]), 1), tokenizer.pad_token_id, device=device)
+        encoded = dict(input_ids=padding, attention_mask=torch.zeros_like(padding))
+    return dict(encoded, use_cache=False)
+
+
 @torch.no_grad()
 def classify(model, tokenizer, length: int, batch_size: int, texts, pairs=None, special=True) -> torch.Tensor:
     """(N, C) fp32 logits of the texts, or of the pairs (texts[i], pairs[i]), truncated to the length.
@@ -1024,17 +1034,8 @@ def classify(model, tokenizer, length: int, batch_size: int, texts, pairs=None, 
         texts, pairs = (beginnings(tokenizer, column, 2 * length) for column in (texts, pairs))
     rows = []
     for start in range(0, len(texts), batch_size):
-        batch = slice(start, start + batch_size)
-        encoded = tokenizer(
-            texts[batch],
-            None if pairs is None else pairs[batch],
-            return_tensors="pt",
-            padding=True,
-            truncation=True,
-            max_length=length,
-            add_special_tokens=special,
-        ).to(model.device)
-        inputs = dict(encoded, use_cache=False)
+        columns = (column[start : start + batch_size] for column in (texts, pairs) if column is not None)
+        inputs = encode_texts(tokenizer, length, model.device, *columns, special=special)
         rows.append(model(**{key: x for key, x in inputs.items() if key in accepted}).logits.float().cpu())
     return torch.cat(rows)
 

@@ -227,8 +227,12 @@ def test_reward_model_of_a_language_model(tmp_path, template):
     expected = [
         model(input_ids=tokenizer(text, return_tensors="pt").input_ids[:, -64:]).logits.item() for text in wholes
     ]
-    got = make_reward("reward_model", model=str(tmp_path))(prompts, texts, [[]] * 3, [{}] * 3)
+    reward = make_reward("reward_model", model=str(tmp_path))
+    got = reward(prompts, texts, [[]] * 3, [{}] * 3)
     assert got == pytest.approx(expected, abs=1e-4) and len(set(np.round(got, 3))) == 3
+    if not template:  # a policy that says nothing more has texts without a token
+        beside = reward([""] * 2, ["", " cat"], [[]] * 2, [{}] * 2)
+        assert reward([""] * 2, [""] * 2, [[]] * 2, [{}] * 2) == pytest.approx([beside[0]] * 2, abs=1e-5) != beside
 
 
 def test_what_is_no_reward_model(folder, tmp_path):
