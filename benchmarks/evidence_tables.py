@@ -185,7 +185,8 @@ def pictures(tasks, all_runs, folder):
         if runs:
             figure = Figure(figsize=(6.5, 3.8), layout="constrained")
             axes = figure.add_subplot()
-            draw(axes, {name: runs[name] for name in ALGORITHMS if name in runs}, tasks[key].score, key)
+            of_all = {name: runs[name] for name in ALGORITHMS if name in runs}
+            draw(axes, of_all, tasks[key].score, f"{key}: {tasks[key].score}")
             axes.legend(fontsize=8)
             figure.savefig(folder / f"results_{key}.png", dpi=110)
 
