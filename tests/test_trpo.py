@@ -158,6 +158,7 @@ def test_conjugate_gradient():
     calls = []
     zero = trpo.conjugate_gradient(lambda v: calls.append(v), torch.zeros(12), 15)
     assert not zero.any() and not calls
+    assert trpo.dot(torch.tensor([1e8, 1.0, -1e8]), torch.ones(3)) == 1  # float32 would lose the 1
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
