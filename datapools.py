@@ -11,6 +11,8 @@ are few, and a line in TASKS.
 Sources, licences, sizes and an example of each task: docs/tasks.md.
 """
 
+import argparse
+import contextlib
 import csv
 import difflib
 import gzip
@@ -18,6 +20,7 @@ import hashlib
 import http.client
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -32,7 +35,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -42,13 +45,19 @@ import numpy as np
 import pyarrow.compute
 import torch
 import transformers
+import tyro
 from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import httpx
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 
 def lazily(name: str):
@@ -149,6 +158,14 @@ class Task:
     metric_kwargs: dict[str, dict] = field(default_factory=dict)  # name of a metric -> its keyword arguments
     # decoding for evaluation: sampling or a beam search, of at least min_response_length tokens too
     generation: dict = field(default_factory=lambda: {"do_sample": True, "temperature": 1.0, "top_k": 0})
+
+    def flags(self, policy_type: str) -> dict:
+        """{name of a flag: what this task sets it to}."""
+        names = ("reward", "metrics", "prompt_length", "response_length", "min_response_length", "truncation_side")
+        flags = {name: getattr(self, name) for name in names}
+        if policy_type == "seq2seq":  # perplexity of the references is defined for decoder-only models
+            flags["metrics"] = tuple(name for name in self.metrics if name != "perplexity")
+        return flags | dict(model=getattr(self, f"{policy_type}_model", self.causal_model))
 
 
 def nearest(name: str, known) -> str:
@@ -924,6 +941,13 @@ def decode_responses(tokenizer, queries, responses, seq2seq: bool) -> list[str]:
     ]
 
 
+def until_eos(responses, eos) -> list[list[int]]:
+    """The ids of each response (B, T) up to and including its first EOS, as lists."""
+    ended = torch.isin(responses, eos)
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, responses.shape[1])  # (B,)
+    return [row[:length] for row, length in zip(responses.tolist(), lengths.tolist(), strict=True)]
+
+
 def eos_ids(tokenizer, generation_config, vocabulary: int) -> list[int]:
     """The tokens that end a response: the tokenizer's EOS and the model's, which may be several. UsageError if none."""
     of_model = generation_config.eos_token_id
@@ -979,6 +1003,39 @@ def model_config(name: str):
         raise UsageError(f"--model {name}: no model folder, nor to be had from the hub: {error}") from None
 
 
+def language_model_config(args, policy_type: str | None = None):
+    """The config of --model; UsageError unless it is a language model of this type, with positions enough."""
+    config, kinds = model_config(args.model), dict(causal="decoder-only", seq2seq="encoder-decoder")
+    if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and config.is_encoder_decoder:
+        found, wanted, how = "seq2seq", max(args.prompt_length, args.response_length), "or"
+    elif config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.is_encoder_decoder:
+        found, wanted, how = "causal", args.prompt_length + args.response_length, "+"
+    else:
+        raise UsageError(f"--model {args.model}: {config.model_type} is no language model")
+    if policy_type not in (None, found):
+        raise UsageError(f"--model {args.model}: {config.model_type} is {kinds[found]}; see the {found} script")
+    if wanted > position_limit(config):
+        limit = f"{args.model} has {position_limit(config)} positions"
+        raise UsageError(f"--prompt-length {how} --response-length {wanted}: {limit}")
+    return config
+
+
+def load_weights(auto_class, flag: str, name: str):
+    """A model in float32, dropout off; UsageError if files are broken, or leave any weight at random."""
+    options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # which is said below
+    try:
+        model, info = auto_class.from_pretrained(name, **options)
+    except LOADING_ERRORS as error:
+        raise UsageError(f"{flag} {name}: cannot be loaded: {error!r:.300}") from None
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
+        raise UsageError(f"{flag} {name}: its files lack weights or have other shapes: {names}")
+    for module in model.modules():
+        if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
+            module.act = torch.nn.GELU(approximate="tanh")  # GPT-2's, the same function as one kernel instead of eight
+    return model.eval()
+
+
 def load_tokenizer(name: str, languages: tuple[str, str] | None = None):
     """The tokenizer of a hub name or model folder. UsageError if there is none or it cannot be read.
 
@@ -1024,6 +1081,13 @@ def encode_batch(tokenizer, samples, args, pad_id, device, seq2seq: bool):
     return rows, *pad(rows, pad_id, device, left=not seq2seq)
 
 
+def trial_prompts(tokenizer, samples, args, pad_id, device, seq2seq: bool):
+    """ids and mask (B, Q) of a few prompts, one of which is shorter: it shows whether a model sees its padding."""
+    rows = encode_batch(tokenizer, samples[:4], args, pad_id, device, seq2seq)[0]
+    rows[0] = rows[0][: max(1, len(rows[0]) // 2)]
+    return pad(rows, pad_id, device, left=not seq2seq)
+
+
 def pad(rows: list[list[int]], pad_id, device, left=False):
     """ids (B, L) int64 and mask (B, L) bool. The mask comes from lengths: an id may be both a token and padding."""
     options = dict(batch_first=True, padding_side="left" if left else "right")
@@ -1063,6 +1127,41 @@ def parse_kwargs(typed: dict[str, str], names, defaults: dict[str, dict]) -> dic
         for name in [owner] if owner else names:
             kwargs[name][option] = from_text(text)
     return kwargs
+
+
+def typed(argv: list[str], flag: str, default: str | None = None) -> str | None:
+    """What follows a flag of a command line that is not parsed yet."""
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ahead.add_argument(flag, f"--{flag[2:].replace('-', '_')}", nargs="?", const=default, default=default, dest="value")
+    return ahead.parse_known_args(argv)[0].value
+
+
+def parse_flags(args_class: type, argv: list[str], defaults: dict, description: str, resumed: str | None = None):
+    """An object of the class from the command line over the defaults, each value of its type; UsageError for a wrong
+    one. `--help` shows the defaults and ends the process; what is typed otherwise than the resumed run's is named."""
+    message, settings = io.StringIO(), TypeAdapter(args_class)
+    try:
+        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
+            default = settings.validate_python(defaults)
+            # of a dictionary that is not empty tyro makes a flag for each key: a resumed run's stay aside
+            kept = {name: value for name, value in asdict(default).items() if isinstance(value, dict)}
+            shown = replace(default, **dict.fromkeys(kept, {}))
+            args = tyro.cli(args_class, description=description, default=shown, args=argv)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            print(with_headings(message.getvalue(), args_class))
+            raise
+        raise UsageError(usage_line(message.getvalue(), argv, args_class.__dataclass_fields__)) from None
+    try:
+        args = settings.validate_python(asdict(args) | {n: kept[n] for n in kept if not getattr(args, n)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}") from None
+    changed = [n for n, value in asdict(default).items() if resumed and n != "resume" and value != getattr(args, n)]
+    if changed and int(os.environ.get("RANK", 0)) == 0:
+        now = ", ".join(f"--{n.replace('_', '-')} {getattr(default, n)} -> {getattr(args, n)}" for n in changed)
+        print(f"{resumed}: goes on with {now}")
+    return args
 
 
 def with_headings(text: str, args_class: type) -> str:

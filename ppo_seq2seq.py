@@ -24,14 +24,11 @@ on the number of processes (but for float32 rounding, which training amplifies),
 Left out on purpose: dropout, learning-rate warm-up, LoRA, an inference engine for sampling, token-level minibatches.
 """
 
-import argparse
 import concurrent.futures
-import contextlib
 import copy
 import fcntl
 import functools
 import inspect
-import io
 import json
 import math
 import os
@@ -41,7 +38,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,8 +51,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -64,10 +60,9 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 import datapools
-from datapools import LOADING_ERRORS, UsageError
+from datapools import UsageError
 from rewards import is_best, make_metrics, make_rewards, measure, score_texts
 
 # What RL4LMs' configurations say of each task, for the sequence minibatches of this script: batch_size is its tokens
@@ -162,7 +157,7 @@ def main():
     args, record = parse_args(sys.argv[1:], "seq2seq")
     task, device = datapools.get_task(args.task), local_device()
     train, val, test = datapools.load_splits(args.task, args.data, args.task_kwargs, args.chat)
-    load_config(args)
+    datapools.language_model_config(args, "seq2seq")
     tokenizer = datapools.load_tokenizer(args.model, args.languages)
     lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, args.response_length)
     making = dict(tokenizer=tokenizer, device=str(device), separator=" ")
@@ -199,9 +194,7 @@ def main():
     optimizer = torch.optim.Adam(trained, lr=args.learning_rate, fused=True)
     if checkpoint:
         load_optimizer(optimizer, checkpoint["optimizer"])
-    prompt_ids, *_ = datapools.encode_batch(tokenizer, train[:4], args, pad_id, device, seq2seq=True)
-    prompt_ids[0] = prompt_ids[0][: max(1, len(prompt_ids[0]) // 2)]  # one that is shorter than the others
-    queries, query_mask = datapools.pad(prompt_ids, pad_id, device)
+    queries, query_mask = datapools.trial_prompts(tokenizer, train, args, pad_id, device, seq2seq=True)
     check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
     thread = concurrent.futures.ThreadPoolExecutor(1)
     announce(run_dir, policy, lengths, device, args, record, rank)
@@ -217,8 +210,8 @@ def main():
     while iteration < args.num_iterations:
         iteration += 1
         started = seconds(device)
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
+        left = 1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1.0
+        optimizer.param_groups[0]["lr"] = args.learning_rate * left
 
         # 1. sample responses; this process has the samples rank, rank + world_size, ... of the batch
         own = range(rank, args.batch_size, world_size)
@@ -234,7 +227,7 @@ def main():
                 for rows in torch.arange(B).split(args.sample_batch_size)
             ]
         responses, mask, sampler_logprobs = map(torch.cat, zip(*parts, strict=True))  # (B, T) each
-        token_ids = until_eos(responses, eos)  # the same as lists, without padding
+        token_ids = datapools.until_eos(responses, eos)  # the same as lists, without padding
         generations = datapools.decode_responses(tokenizer, prompt_ids, token_ids, seq2seq=True)
         finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
         batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
@@ -416,36 +409,10 @@ def minibatch_rows(args, iteration, rank, world_size):
 
 
 # ------------------------------------------------------------------------------------------------ policy and value
-def load_config(args):
-    """The model's config; UsageError if it is no encoder-decoder language model, or too short."""
-    config = datapools.model_config(args.model)
-    if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        raise UsageError(f"--model {args.model}: {config.model_type} is no encoder-decoder LM; see the causal script")
-    wanted, limit = max(args.prompt_length, args.response_length), datapools.position_limit(config)
-    if wanted > limit:
-        raise UsageError(f"--prompt-length or --response-length {wanted}: {args.model} has {limit} positions")
-
-
-def load_weights(auto_class, flag, name):
-    """A model in float32, dropout off; UsageError if files are broken, or leave any weight at random."""
-    options = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # which is said below
-    try:
-        model, info = auto_class.from_pretrained(name, **options)
-    except LOADING_ERRORS as error:
-        raise UsageError(f"{flag} {name}: cannot be loaded: {error!r:.300}") from None
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = ", ".join(sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))[:3])
-        raise UsageError(f"{flag} {name}: its files lack weights or have other shapes: {names}")
-    for module in model.modules():
-        if type(getattr(module, "act", None)).__name__ == "NewGELUActivation":
-            module.act = nn.GELU(approximate="tanh")  # GPT-2's, the same function as one kernel instead of eight
-    return model.eval()
-
-
 def load_policy(args, tokenizer, decoding):
     """The policy, with the generation config that evaluation decodes by; without dropout, log-probs are a function of
     the weights."""
-    policy = load_weights(AutoModelForSeq2SeqLM, "--model", args.model)
+    policy = datapools.load_weights(AutoModelForSeq2SeqLM, "--model", args.model)
     pad_id, embeddings = tokenizer.pad_token_id, policy.get_input_embeddings().weight.shape[0]
     eos = datapools.eos_ids(tokenizer, policy.generation_config, embeddings)
     # any padding token will do, since masks come from lengths, as long as it has an embedding
@@ -465,7 +432,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, policy, name):
         super().__init__()
-        self.backbone = load_weights(AutoModel, "--value-model", name) if name else value_backbone(policy)
+        self.backbone = datapools.load_weights(AutoModel, "--value-model", name) if name else value_backbone(policy)
         width = self.backbone.config.get_text_config(decoder=True).hidden_size if name else None
         self.head = nn.Linear(width or policy.get_output_embeddings().weight.shape[1], 1, bias=False)
         nn.init.zeros_(self.head.weight)  # a random head on a trained backbone begins far from every return
@@ -523,19 +490,6 @@ def forward(model, **inputs):
 def parameter_names(model_class):
     """What the forward of a model class takes; looking it up takes as long as a layer of a small model."""
     return tuple(inspect.signature(model_class.forward).parameters)
-
-
-def head_in_float32(model):
-    """Under bfloat16 the language-model head still computes in float32: GPT-2's logits lie near -100, where bfloat16
-    has steps of half a nat."""
-    head = model.get_output_embeddings()
-    project = head.forward
-
-    def forward(hidden):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return project(hidden.float())
-
-    head.forward = forward
 
 
 def behaviour_logits(logits, first_position, temperature, min_response_length, eos, forced_bos=None):
@@ -714,11 +668,10 @@ def decode_split(policy, tokenizer, samples, decoding, args, device):
                 responses, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers)
             else:
                 responses = beam_search(policy, queries, query_mask)
-        generations = datapools.decode_responses(tokenizer, prompt_ids, until_eos(responses, eos), seq2seq)
+        generations = datapools.decode_responses(tokenizer, prompt_ids, datapools.until_eos(responses, eos), seq2seq)
         texts |= dict(zip(indices, generations, strict=True))
-    parts = [texts]
+    parts = [texts] * world_size
     if dist.is_initialized():
-        parts = [None] * world_size
         dist.all_gather_object(parts, texts)
     return [next(part[i] for part in parts if i in part) for i in range(len(samples))]
 
@@ -732,27 +685,15 @@ def beam_search(policy, queries, query_mask, **options):
     return output[:, 1 if policy.config.is_encoder_decoder else queries.shape[1] :]  # without start token or prompt
 
 
-def until_eos(responses, eos):
-    """The ids of each response (B, T) up to and including its first EOS, as lists."""
-    ended = torch.isin(responses, eos)
-    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, responses.shape[1])  # (B,)
-    return [row[:length] for row, length in zip(responses.tolist(), lengths.tolist(), strict=True)]
-
-
 def evaluate(split, samples, iteration, policy, tokenizer, metrics, decoding, args, device, run_dir):
     """Decodes a split, measures, and leaves eval.jsonl, predictions/{split}_{iteration}.jsonl and a table."""
     generations = decode_split(policy, tokenizer, samples, decoding, args, device)
-    figures, per_sample = measure(metrics, samples, generations, policy, tokenizer)
+    figures, predictions = measure(metrics, samples, generations, policy, tokenizer)
     if args.keep_best not in (None, *figures):
         raise UsageError(f"--keep-best {args.keep_best}: not measured; --metrics gives {', '.join(figures)}")
     if int(os.environ.get("RANK", 0)) > 0:
         return
     row = {"iteration": iteration, "split": split} | figures
-    predictions = [
-        {"id": s.id, "prompt": s.prompt, "generation": generation, "references": s.references}
-        | {name: values[i] for name, values in per_sample.items()}
-        for i, (s, generation) in enumerate(zip(samples, generations, strict=True))
-    ]
     (run_dir / "predictions").mkdir(exist_ok=True)
     lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
     (run_dir / "predictions" / f"{split}_{iteration}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -777,45 +718,17 @@ def parse_args(argv, policy_type):
 
     What is not typed comes from the run to resume, else from the task, then from Args itself; `--help` shows it.
     """
-    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ahead.add_argument("--task", nargs="?", default=Args.task)
-    ahead.add_argument("--run-dir", "--run_dir", nargs="?")
-    ahead.add_argument("--resume", action="store_true")
-    known, _ = ahead.parse_known_args(argv)
-    record_file = Path(known.run_dir or "", "config.json")
-    record = json.loads(record_file.read_text()) if known.resume and known.run_dir and record_file.exists() else {}
-    task = datapools.get_task(record.get("task", known.task))
-    row = next((row for tasks, row in TASK_DEFAULTS.items() if known.task in tasks.split()), ())
-    defaults = dict(zip(TASK_COLUMNS, row, strict=False))
-    for name in ("reward", "metrics", "prompt_length", "response_length", "min_response_length", "truncation_side"):
-        defaults[name] = getattr(task, name)
-    defaults |= dict(task=known.task, model=getattr(task, f"{policy_type}_model", Args.model))
-    if policy_type == "seq2seq":  # perplexity of the references is defined for decoder-only models
-        defaults["metrics"] = tuple(name for name in task.metrics if name != "perplexity")
+    name, run_dir = datapools.typed(argv, "--task", Args.task), datapools.typed(argv, "--run-dir", "")
+    file = Path(run_dir, "config.json")
+    resumed = run_dir if "--resume" in argv and run_dir and file.exists() else None
+    record = json.loads(file.read_text()) if resumed else {}
+    task = datapools.get_task(record.get("task", name))
+    row = next((row for tasks, row in TASK_DEFAULTS.items() if name in tasks.split()), ())
+    defaults = task.flags(policy_type) | dict(zip(TASK_COLUMNS, row, strict=False), task=name)
     defaults |= {name: value for name, value in record.items() if name in Args.__dataclass_fields__}
-    message, settings = io.StringIO(), TypeAdapter(Args)
-    try:
-        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
-            default = settings.validate_python(defaults)
-            # of a dictionary that is not empty tyro makes a flag for each key: a resumed run's stay aside
-            kept = {name: value for name, value in asdict(default).items() if isinstance(value, dict)}
-            args = tyro.cli(Args, description=__doc__, default=replace(default, **dict.fromkeys(kept, {})), args=argv)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            print(datapools.with_headings(message.getvalue(), Args))
-            raise
-        fail(datapools.usage_line(message.getvalue(), argv, Args.__dataclass_fields__))
-    try:
-        args = settings.validate_python(asdict(args) | {n: kept[n] for n in kept if not getattr(args, n)})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}") from None
+    args = datapools.parse_flags(Args, argv, defaults, __doc__, resumed)
     if args.reward_weights is None:
         args.reward_weights = task.reward_weights if args.reward == task.reward else (1.0,) * len(args.reward)
-    changed = [n for n, value in asdict(default).items() if record and n != "resume" and value != getattr(args, n)]
-    if changed and int(os.environ.get("RANK", 0)) == 0:
-        now = ", ".join(f"--{n.replace('_', '-')} {getattr(default, n)} -> {getattr(args, n)}" for n in changed)
-        print(f"{known.run_dir}: goes on with {now}")
     check_args(args)
     return args, record
 
@@ -910,11 +823,8 @@ def load_checkpoint(run_dir, rank):
 
 
 def load_optimizer(optimizer, state):
-    """Loads a whole state, of which each process takes its parts if the parameters are sharded; the learning rate
-    stays that of the command line."""
+    """Loads a whole state, of which each process takes its parts if the parameters are sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        saved["lr"] = group["lr"]
     for index, slots in state["state"].items():
         p = parameters[index]
         for name, tensor in slots.items():
@@ -1019,7 +929,10 @@ def prepare_model(model, device, fsdp, recompute):
     """Puts a model onto the device, with --fsdp sharded: each process keeps a part of every weight, gradient and
     optimizer state, a layer's weights are gathered when it runs, and gradients are summed over the processes."""
     if hasattr(model, "get_output_embeddings"):
-        head_in_float32(model)
+        # its head computes in float32 under bfloat16 too: GPT-2's logits lie near -100, where that has steps of half a nat
+        head = model.get_output_embeddings()
+        project = torch.autocast(device.type, enabled=False)(head.forward)
+        head.forward = lambda hidden: project(hidden.float())
     names = getattr(model, "backbone", model)._no_split_modules or ()
     layers = [module for module in model.modules() if type(module).__name__ in names]
     for layer in layers if recompute else ():

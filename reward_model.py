@@ -23,12 +23,9 @@ Unlike RL4LMs, which has no trainer for them: its intent classifier was made els
 Left out on purpose: dropout, margins and ties between pairs, several labels of one text, LoRA.
 """
 
-import argparse
-import contextlib
 import fcntl
 import functools
 import inspect
-import io
 import json
 import math
 import os
@@ -39,7 +36,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,8 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -151,8 +147,8 @@ def main():
     while iteration < num_iterations:
         iteration += 1
         started = seconds(device)
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations)
+        left = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1.0
+        optimizer.param_groups[0]["lr"] = args.learning_rate * left
 
         # 1. a batch; this process has the samples rank, rank + world_size, ... of it
         positions = [(iteration - 1) * args.batch_size + i for i in range(rank, args.batch_size, world_size)]
@@ -337,19 +333,6 @@ class Scorer(nn.Module):
         return self.backbone(**{name: x for name, x in encoded.items() if name in accepted}).logits.float()
 
 
-def head_in_float32(model):
-    """Under bfloat16 the language-model head still computes in float32: GPT-2's logits lie near -100, where bfloat16
-    has steps of half a nat."""
-    head = model.get_output_embeddings()
-    project = head.forward
-
-    def forward(hidden):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return project(hidden.float())
-
-    head.forward = forward
-
-
 # ------------------------------------------------------------------------------------------------ evaluation
 @torch.no_grad()
 def score_split(model, tokenizer, labels, samples, args, autocast, device):
@@ -412,43 +395,15 @@ def parse_args(argv, policy_type):
 
     What is not typed comes from the run to resume, else from the task, then from Args itself; `--help` shows it.
     """
-    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ahead.add_argument("--task", nargs="?", default=Args.task)
-    ahead.add_argument("--run-dir", "--run_dir", nargs="?")
-    ahead.add_argument("--resume", action="store_true")
-    known, _ = ahead.parse_known_args(argv)
-    record_file = Path(known.run_dir or "", "config.json")
-    record = json.loads(record_file.read_text()) if known.resume and known.run_dir and record_file.exists() else {}
-    task = datapools.get_task(record.get("task", known.task))
-    row = next((row for tasks, row in TASK_DEFAULTS.items() if known.task in tasks.split()), ())
-    defaults = dict(zip(TASK_COLUMNS, row, strict=False))
-    for name in ("reward", "metrics", "prompt_length", "response_length", "min_response_length", "truncation_side"):
-        defaults[name] = getattr(task, name)
-    defaults |= dict(task=known.task, model=getattr(task, f"{policy_type}_model", Args.model))
-    if policy_type == "seq2seq":  # perplexity of the references is defined for decoder-only models
-        defaults["metrics"] = tuple(name for name in task.metrics if name != "perplexity")
+    name, run_dir = datapools.typed(argv, "--task", Args.task), datapools.typed(argv, "--run-dir", "")
+    file = Path(run_dir, "config.json")
+    resumed = run_dir if "--resume" in argv and run_dir and file.exists() else None
+    record = json.loads(file.read_text()) if resumed else {}
+    task = datapools.get_task(record.get("task", name))
+    row = next((row for tasks, row in TASK_DEFAULTS.items() if name in tasks.split()), ())
+    defaults = task.flags(policy_type) | dict(zip(TASK_COLUMNS, row, strict=False), task=name)
     defaults |= {name: value for name, value in record.items() if name in Args.__dataclass_fields__}
-    message, settings = io.StringIO(), TypeAdapter(Args)
-    try:
-        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
-            default = settings.validate_python(defaults)
-            # of a dictionary that is not empty tyro makes a flag for each key: a resumed run's stay aside
-            kept = {name: value for name, value in asdict(default).items() if isinstance(value, dict)}
-            args = tyro.cli(Args, description=__doc__, default=replace(default, **dict.fromkeys(kept, {})), args=argv)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            print(datapools.with_headings(message.getvalue(), Args))
-            raise
-        fail(datapools.usage_line(message.getvalue(), argv, Args.__dataclass_fields__))
-    try:
-        args = settings.validate_python(asdict(args) | {n: kept[n] for n in kept if not getattr(args, n)})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}") from None
-    changed = [n for n, value in asdict(default).items() if record and n != "resume" and value != getattr(args, n)]
-    if changed and int(os.environ.get("RANK", 0)) == 0:
-        now = ", ".join(f"--{n.replace('_', '-')} {getattr(default, n)} -> {getattr(args, n)}" for n in changed)
-        print(f"{known.run_dir}: goes on with {now}")
+    args = datapools.parse_flags(Args, argv, defaults, __doc__, resumed)
     check_args(args)
     return args, record
 
@@ -536,11 +491,8 @@ def load_checkpoint(run_dir, rank):
 
 
 def load_optimizer(optimizer, state):
-    """Loads a whole state, of which each process takes its parts if the parameters are sharded; the learning rate
-    stays that of the command line."""
+    """Loads a whole state, of which each process takes its parts if the parameters are sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        saved["lr"] = group["lr"]
     for index, slots in state["state"].items():
         p = parameters[index]
         for name, tensor in slots.items():
@@ -645,7 +597,10 @@ def prepare_model(model, device, fsdp, recompute):
     """Puts a model onto the device, with --fsdp sharded: each process keeps a part of every weight, gradient and
     optimizer state, a layer's weights are gathered when it runs, and gradients are summed over the processes."""
     if hasattr(model, "get_output_embeddings"):
-        head_in_float32(model)
+        # its head computes in float32 under bfloat16 too: GPT-2's logits lie near -100, where that has steps of half a nat
+        head = model.get_output_embeddings()
+        project = torch.autocast(device.type, enabled=False)(head.forward)
+        head.forward = lambda hidden: project(hidden.float())
     names = getattr(model, "backbone", model)._no_split_modules or ()
     layers = [module for module in model.modules() if type(module).__name__ in names]
     for layer in layers if recompute else ():

@@ -119,14 +119,19 @@ class noted(contextlib.AbstractContextManager):
 
 
 def measure(metrics, samples, generations, model, tokenizer):
-    """({figure: its value}, {figure: [one value per sample]}), None for what is not finite, which JSON cannot hold.
+    """{figure: its value}, and for each sample a row of what it is, its generation and its own figures; None for what
+    is not finite, which JSON cannot hold.
 
     To be called by all processes of torch.distributed with the same arguments; all get the result, whatever their
     number: each scores its share of the samples for the metrics made of samples, rank 0 computes the others.
     """
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
-    samples, row, per_sample = list(samples), {}, {}
+    samples, row = list(samples), {}
+    predictions = [
+        {"id": sample.id, "prompt": sample.prompt, "generation": generation, "references": sample.references}
+        for sample, generation in zip(samples, generations, strict=True)
+    ]
     for name, metric in metrics.items():
         shared = hasattr(metric, "rows")
         rows = metric.rows if shared else metric
@@ -151,9 +156,9 @@ def measure(metrics, samples, generations, model, tokenizer):
             if figure in row:  # own functions of one name
                 figure = name if len(figures) == 1 else f"{name}.{figure}"
             row[figure] = finite_or_none(value)
-            if values is not None:
-                per_sample[figure] = list(map(finite_or_none, values))
-    return row, per_sample
+            for prediction, x in zip(predictions, values, strict=True) if values is not None else ():
+                prediction[figure] = finite_or_none(x)
+    return row, predictions
 
 
 def is_best(run_dir, metric, iteration) -> bool:

@@ -616,7 +616,7 @@ def test_every_process_has_a_gpu_of_its_own(script, monkeypatch):
     "name, kind",
     distinct(
         [c for c in CASES if hasattr(importlib.import_module(c[0]), "gae")],
-        ["head_in_float32", "ValueModel", "response_pass"],
+        ["prepare_model", "ValueModel", "response_pass"],
     ),
 )
 def test_heads_compute_in_float32_under_bfloat16(name, kind):
@@ -638,7 +638,7 @@ def test_heads_compute_in_float32_under_bfloat16(name, kind):
         with torch.no_grad():
             wide.weight.copy_(torch.cat([head.weight, torch.full((V_, 1), shift)], 1))
         model.set_output_embeddings(Widened(wide))
-        script.head_in_float32(model)
+        script.prepare_model(model, torch.device("cpu"), fsdp=False, recompute=False)
         for dtype in (torch.float32, torch.bfloat16):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 logits = script.response_logits(model, mb)

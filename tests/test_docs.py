@@ -296,7 +296,7 @@ def test_betas_and_warm_up(copy):
     text, count = re.subn(r"(?m)^    optimizer = torch\.optim\.Adam\(.*$", "    " + adam.strip(), text)
     assert count == 1
     lines = "\n".join(" " * 8 + line for line in warm_up.strip().splitlines()) + "\n"
-    text, count = re.subn(r"(?m)^        if args\.anneal_lr:\n(            .*\n)+", lines, text)
+    text, count = re.subn(r"(?m)^        left = .*\n.*\n", lines, text)
     assert count == 1
     script.write_text(text)
     flags = "--task numbers --model runs/sft_causal/model --learning-rate 1e-3 --run-dir runs/warm"

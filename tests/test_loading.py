@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import datapools
-import ppo_causal
 import ppo_seq2seq
 
 
@@ -184,7 +183,7 @@ def test_any_eos_ends_a_response_and_none_comes_too_early(kind, tmp_path):
     )
     assert (mask.sum(1) == 4).all() and (responses[:, 3] == 7).all()
     assert not torch.isin(responses[:, :3], eos).any()
-    assert script.until_eos(responses, eos) == [row[:4] for row in responses.tolist()]
+    assert datapools.until_eos(responses, eos) == [row[:4] for row in responses.tolist()]
 
 
 def test_a_target_language_is_the_first_token_in_sampling_scoring_and_search(tmp_path):
@@ -217,9 +216,9 @@ def test_a_target_language_is_the_first_token_in_sampling_scoring_and_search(tmp
 def test_prompts_longer_than_the_positions(gpt2):
     args = SimpleNamespace(model=str(gpt2), prompt_length=100, response_length=29)
     with pytest.raises(datapools.UsageError, match="129: .* 128 positions"):
-        ppo_causal.load_config(args)
+        datapools.language_model_config(args, "causal")
     args.response_length = 28
-    ppo_causal.load_config(args)
+    datapools.language_model_config(args, "causal")
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])

@@ -110,7 +110,7 @@ def load(kind, seq2seq, folder):
     args = SimpleNamespace(
         model=str(folder), prompt_length=16, response_length=8, min_response_length=2, languages=None
     )
-    script.load_config(args)
+    datapools.language_model_config(args, "seq2seq" if seq2seq else "causal")
     policy = script.load_policy(args, datapools.load_tokenizer(str(folder)), {"num_beams": 2})
     torch.manual_seed(1)
     value_model = script.ValueModel(policy, None)
@@ -143,7 +143,7 @@ def test_sampled_scored_alone_and_own_forward_agree(seq2seq, kind, tmp_path):
     script, args, policy, value_model, queries, query_mask = load(kind, seq2seq, save(kind, seq2seq, tmp_path))
     eos = torch.tensor(policy.generation_config.eos_token_id)
     behaviour = dict(temperature=1.0, min_response_length=2, eos=eos)
-    script.head_in_float32(policy)
+    script.prepare_model(policy, torch.device("cpu"), fsdp=False, recompute=False)
     script.check_fit(policy, value_model, queries, query_mask, behaviour, 0, args)
     uniform = torch.rand(4, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     responses, mask, sampled, *_ = script.sample_responses(policy, queries, query_mask, uniform, behaviour, 0)
@@ -162,7 +162,7 @@ def test_bfloat16(seq2seq, kind, tmp_path):
     """Under autocast a model samples with its cache what it scores in one pass, learns, and searches."""
     script, _, policy, value_model, queries, query_mask = load(kind, seq2seq, save(kind, seq2seq, tmp_path))
     behaviour = dict(temperature=1.0, min_response_length=2, eos=torch.tensor(policy.generation_config.eos_token_id))
-    script.head_in_float32(policy)
+    script.prepare_model(policy, torch.device("cpu"), fsdp=False, recompute=False)
     uniform = torch.rand(4, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         responses, mask, sampled, *_ = script.sample_responses(policy, queries, query_mask, uniform, behaviour, 0)

@@ -583,7 +583,7 @@ def test_metrics_of_one_name_are_all_reported(tmp_path):
     samples = [sample(references=["a b"])]
     row, values = measure(metrics_of("rouge", *names, samples=samples), samples, ["a c"], None, tokenizer)
     assert row["rouge1"] == 0.5 and [row[name] for name in names] == [1, 2]
-    assert values["rouge1"] == [0.5] and [values[name] for name in names] == [[1], [2]]
+    assert values[0]["rouge1"] == 0.5 and [values[0][name] for name in names] == [1, 2]
 
 
 def test_metrics_become_figures(tmp_path):
@@ -606,8 +606,11 @@ def test_metrics_become_figures(tmp_path):
     names = [f"{tmp_path / 'figures.py'}:{name}" for name in ("odd", "knows", "nan", "share", "tokens")]
     metrics = metrics_of(*names, "bleu", "rouge_combined", "diversity", samples=ROWS)
     assert list(metrics) == [*names, "bleu", "rouge_combined", "diversity"]
-    row, per_sample = measure(metrics, ROWS, GENERATIONS, 40, tokenizer)
-    json.dumps([row, per_sample], allow_nan=False)
+    row, predictions = measure(metrics, ROWS, GENERATIONS, 40, tokenizer)
+    json.dumps([row, predictions], allow_nan=False)
+    kept = [[prediction[name] for prediction in predictions] for name in ("id", "prompt", "references", "generation")]
+    assert kept == [*([getattr(s, name) for s in ROWS] for name in ("id", "prompt", "references")), GENERATIONS]
+    per_sample = {name: [prediction[name] for prediction in predictions] for name in predictions[0]}
     assert row["odd"] is None and row["n"] == 7.0 and row["nan"] is None and row["model"] == 45.0
     assert per_sample["odd"] == [None] + [1.5] * 6 and per_sample["nan"] == [None] + [1.0] * 6
     assert per_sample["tokens"] == [2 * len(text.split()) + 1 for text in GENERATIONS]  # a reward with the tokenizer
@@ -662,14 +665,16 @@ def test_figures_are_the_same_for_any_number_of_processes(tmp_path):
             [sys.executable, *prefix, str(script), str(tmp_path), *names], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    row, per_sample = json.loads((tmp_path / "resultalone").read_text())
+    row, predictions = json.loads((tmp_path / "resultalone").read_text())
     for rank in range(3):
-        other, other_per_sample = json.loads((tmp_path / f"result{rank}").read_text())
+        other, other_predictions = json.loads((tmp_path / f"result{rank}").read_text())
         assert other == pytest.approx(row, abs=1e-12)
-        assert other_per_sample == per_sample
+        assert other_predictions == predictions
         share = " ".join(map(str, range(rank, 7, 3)))
         assert (tmp_path / f"seen{rank}").read_text().split("\n")[-2] == share
-    assert len(per_sample["counted"]) == 7 and 0 < row["cider"] < 10
+    assert (
+        len(predictions) == 7 and all("counted" in prediction for prediction in predictions) and 0 < row["cider"] < 10
+    )
 
 
 class Endless(Sequence):

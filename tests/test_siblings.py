@@ -25,7 +25,7 @@ NLPO = {"nlpo_seq2seq", "nlpo_causal"}
 # Scripts of one policy type, and those that know both
 GROUPS = [{"ppo_seq2seq", "nlpo_seq2seq"}, {"ppo_causal", "nlpo_causal"}, EITHER]
 # Functions that touch the model: the same within each group
-BY_POLICY_TYPE = {"load_config", "load_policy", "value_backbone", "response_pass", "start_decoding", "decode_step"}
+BY_POLICY_TYPE = {"load_policy", "value_backbone", "response_pass", "start_decoding", "decode_step"}
 # Functions of an algorithm: the scripts in which they may stand otherwise
 BY_ALGORITHM = {
     "check_args": {*NLPO, "a2c", "trpo", "grpo", "supervised", "reward_model"},
