@@ -922,7 +922,7 @@ def prepare_model(model, device, fsdp, recompute):
     """Puts a model onto the device, with --fsdp sharded: each process keeps a part of every weight, gradient and
     optimizer state, a layer's weights are gathered when it runs, and gradients are summed over the processes."""
     if hasattr(model, "get_output_embeddings"):
-        # its head computes in float32 under bfloat16 too: GPT-2's logits lie near -100, where that has steps of half a nat
+        # the head stays in float32: GPT-2's logits lie near -100, where bfloat16 has steps of half a nat
         head = model.get_output_embeddings()
         project = torch.autocast(device.type, enabled=False)(head.forward)
         head.forward = lambda hidden: project(hidden.float())
