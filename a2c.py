@@ -185,7 +185,7 @@ def main():
     iteration, kl_coef = 0, args.kl_coef
     if checkpoint:
         iteration = checkpoint["iteration"]
-        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # kept under its flag: another begins anew
+        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # a changed --kl-coef begins anew
         policy.load_state_dict(checkpoint["policy"])
         value_model.load_state_dict(checkpoint["value_model"])
     for model in (policy, reference, value_model):
@@ -217,7 +217,7 @@ def main():
         own = range(rank, args.batch_size, world_size)
         positions = [(iteration - 1) * args.batch_size + i for i in own]
         samples = train.take(datapools.prompt_order(positions, len(train), args.seed))
-        # lists of ids, the same padded (B, Q), and where they are
+        # lists of ids; the same padded, (B, Q); True where they are
         prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, samples, args, pad_id, device, seq2seq)
         uniform = uniforms(args.seed, iteration, own, T).to(device)  # (B, T)
         warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
@@ -226,7 +226,7 @@ def main():
                 sample_responses(policy, queries[rows], query_mask[rows], uniform[rows], behaviour, pad_id, warpers)
                 for rows in torch.arange(B).split(args.sample_batch_size)
             ]
-        responses, mask, sampler_logprobs = map(torch.cat, zip(*parts, strict=True))  # (B, T) each
+        responses, mask, sampler_logprobs = map(torch.cat, zip(*parts, strict=True))  # (B, T); mask: EOS included
         token_ids = datapools.until_eos(responses, eos)  # the same as lists, without padding
         generations = datapools.decode_responses(tokenizer, prompt_ids, token_ids, seq2seq)
         finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
@@ -291,7 +291,7 @@ def main():
 
         # 7. KL controller, on the mean KL per token over all processes
         mean_kl, penalty = total(kl.sum()) / tokens, kl_coef
-        if args.target_kl is not None:
+        if args.target_kl is not None and not warming_up:  # then the KL is 0 for want of steps
             kl_coef = next_kl_coef(kl_coef, mean_kl, args.target_kl)
 
         # 8. log: every figure is over all processes

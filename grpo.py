@@ -184,7 +184,7 @@ def main():
     iteration, kl_coef = 0, args.kl_coef
     if checkpoint:
         iteration = checkpoint["iteration"]
-        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # kept under its flag: another begins anew
+        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # a changed --kl-coef begins anew
         policy.load_state_dict(checkpoint["policy"])
     for model in (policy, reference):
         prepare_model(model, device, args.fsdp, args.gradient_checkpointing)
@@ -216,7 +216,7 @@ def main():
         own = [group * args.group_size + i for group in groups for i in range(args.group_size)]
         positions = [((iteration - 1) * args.batch_size + i) // args.group_size for i in own]
         samples = train.take(datapools.prompt_order(positions, len(train), args.seed))
-        # lists of ids, the same padded (B, Q), and where they are
+        # lists of ids; the same padded, (B, Q); True where they are
         prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, samples, args, pad_id, device, seq2seq)
         uniform = uniforms(args.seed, iteration, own, T).to(device)  # (B, T)
         warpers = [TopKLogitsWarper(args.top_k)] if args.top_k else []
@@ -225,7 +225,7 @@ def main():
                 sample_responses(policy, queries[rows], query_mask[rows], uniform[rows], behaviour, pad_id, warpers)
                 for rows in torch.arange(B).split(args.sample_batch_size)
             ]
-        responses, mask, sampler_logprobs = map(torch.cat, zip(*parts, strict=True))  # (B, T) each
+        responses, mask, sampler_logprobs = map(torch.cat, zip(*parts, strict=True))  # (B, T); mask: EOS included
         token_ids = datapools.until_eos(responses, eos)  # the same as lists, without padding
         generations = datapools.decode_responses(tokenizer, prompt_ids, token_ids, seq2seq)
         finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
@@ -287,7 +287,7 @@ def main():
                 with torch.no_grad():
                     approx_kl = ratio - 1 - log_ratio  # k3 of http://joschu.net/blog/kl-approx.html
                     clipfrac = (ratio != clipped).float()
-                    figures = torch.stack([pg_loss, approx_kl, clipfrac, ratio, mb.mask])
+                    figures = torch.stack([pg_loss, approx_kl, clipfrac, ratio, mb.mask])  # UPDATE_FIGURES
                     update_sums += (figures * mb.mask).sum((1, 2))
                     mb_kl += (approx_kl * mb.mask).sum()
             if args.early_stop_kl and total(mb_kl) / mb_tokens > 1.5 * args.early_stop_kl:

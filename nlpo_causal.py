@@ -200,7 +200,7 @@ def main():
     iteration, kl_coef = 0, args.kl_coef
     if checkpoint:
         iteration = checkpoint["iteration"]
-        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # kept under its flag: another begins anew
+        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # a changed --kl-coef begins anew
         policy.load_state_dict(checkpoint["policy"])
         value_model.load_state_dict(checkpoint["value_model"])
         mask_model.load_state_dict(checkpoint["mask_model"])
@@ -234,7 +234,7 @@ def main():
         own = range(rank, args.batch_size, world_size)
         positions = [(iteration - 1) * args.batch_size + i for i in own]
         samples = train.take(datapools.prompt_order(positions, len(train), args.seed))
-        # lists of ids, the same padded (B, Q), and where they are
+        # lists of ids; the same padded, (B, Q); True where they are
         prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, samples, args, pad_id, device, False)
         uniform = uniforms(args.seed, iteration, own, T).to(device)  # (B, T)
         restriction = dict(mask_model=mask_model, masking=masking)
@@ -290,7 +290,7 @@ def main():
         learning = (value_model,) if warming_up else (policy, value_model)
         update_sums = torch.zeros(len(UPDATE_FIGURES) + 1, dtype=torch.float64, device=device)  # the last: tokens
         grad_norms = []
-        for mb_rows in minibatch_rows(args, iteration, rank, world_size):  # of all epochs
+        for mb_rows in minibatch_rows(args, iteration, rank, world_size):  # of all epochs, as many in every process
             minibatch = {name: tensor[mb_rows] for name, tensor in batch.items()}
             mb_tokens = all_reduce_sum(minibatch["mask"].sum())
             if args.norm_adv:
@@ -320,7 +320,7 @@ def main():
                 with torch.no_grad():
                     approx_kl = ratio - 1 - log_ratio  # k3 of http://joschu.net/blog/kl-approx.html
                     clipfrac = (ratio != clipped).float()
-                    figures = torch.stack([pg_loss, v_loss, approx_kl, clipfrac, ratio, mb.mask])
+                    figures = torch.stack([pg_loss, v_loss, approx_kl, clipfrac, ratio, mb.mask])  # UPDATE_FIGURES
                     update_sums += (figures * mb.mask).sum((1, 2))
                     mb_kl += (approx_kl * mb.mask).sum()
             if args.early_stop_kl and total(mb_kl) / mb_tokens > 1.5 * args.early_stop_kl:
@@ -334,7 +334,7 @@ def main():
 
         # 7. KL controller, on the mean KL per token over all processes
         tokens, mean_kl, penalty = total(mask.sum()), total(kl.sum()) / total(mask.sum()), kl_coef
-        if args.target_kl is not None:
+        if args.target_kl is not None and not warming_up:  # then the KL is 0 for want of steps
             kl_coef = next_kl_coef(kl_coef, mean_kl, args.target_kl)
         since_refresh = iteration % (args.target_update_iterations or math.inf)
         if since_refresh == 0 and mask_model is not policy:

@@ -559,15 +559,18 @@ def test_gradient_is_that_of_the_naive_sum(script, kind, texts):
 
 @pytest.mark.parametrize("script, kind", RL_CASES)
 def test_kl_controller(script, kind, made):
-    """The mean is over tokens; the penalty rises when the KL is above its target."""
+    """The mean is over tokens; the penalty rises when the KL is above its target, and waits for the critic."""
     setting, after, rows = made(script, kind)
     kl = [a - b for row in rows for a, b in zip(row["unmasked"], row["ref"], strict=True)]
     for target in (abs(np.mean(kl)) * 0.95, abs(np.mean(kl)) * 3):
         setting.args.target_kl = target
-        later = run_steps(script, 7, 7, **dict(tokens=int(after.mask.sum())) | vars(after))  # as counted in step 6
+        of_step_6 = dict(tokens=int(after.mask.sum()), warming_up=False)
+        later = run_steps(script, 7, 7, **of_step_6 | vars(after))
         error = (np.mean(kl) - target) / target
         assert later["kl_coef"] == pytest.approx(KL_COEF * (1 + 0.1 * np.clip(error, -0.2, 0.2)), rel=1e-3)
         assert later["mean_kl"] == pytest.approx(np.mean(kl), rel=1e-3, abs=1e-4)
+        if script != "grpo":
+            assert run_steps(script, 7, 7, **of_step_6 | vars(after) | dict(warming_up=True))["kl_coef"] == KL_COEF
 
 
 # ------------------------------------------------------------------------------------------------ step 8
