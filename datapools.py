@@ -1136,10 +1136,11 @@ def typed(argv: list[str], flag: str, default: str | None = None) -> str | None:
     return ahead.parse_known_args(argv)[0].value
 
 
-def parse_flags(args_class: type, argv: list[str], defaults: dict, description: str, resumed: str | None = None):
-    """An object of the class from the command line over the defaults, each value of its type; UsageError for a wrong
-    one. `--help` shows the defaults and ends the process; what is typed otherwise than the resumed run's is named."""
+def parse_flags(args_class: type, argv: list[str], defaults: dict, record: dict, description: str):
+    """An object of the class: what is typed, else what the record of a resumed run says, else the defaults, each value
+    of its type. UsageError for a wrong one; `--help` ends the process; what differs from the record is named."""
     message, settings = io.StringIO(), TypeAdapter(args_class)
+    defaults = defaults | {name: value for name, value in record.items() if name in args_class.__dataclass_fields__}
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):
             default = settings.validate_python(defaults)
@@ -1157,10 +1158,10 @@ def parse_flags(args_class: type, argv: list[str], defaults: dict, description: 
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"--{first['loc'][0].replace('_', '-')} {first['input']}: {first['msg']}") from None
-    changed = [n for n, value in asdict(default).items() if resumed and n != "resume" and value != getattr(args, n)]
+    changed = [n for n, value in asdict(default).items() if record and n != "resume" and value != getattr(args, n)]
     if changed and int(os.environ.get("RANK", 0)) == 0:
         now = ", ".join(f"--{n.replace('_', '-')} {getattr(default, n)} -> {getattr(args, n)}" for n in changed)
-        print(f"{resumed}: goes on with {now}")
+        print(f"{args.run_dir}: goes on with {now}")
     return args
 
 

@@ -813,13 +813,11 @@ def parse_args(argv, policy_type):
     """
     name, run_dir = datapools.typed(argv, "--task", Args.task), datapools.typed(argv, "--run-dir", "")
     file = Path(run_dir, "config.json")
-    resumed = run_dir if "--resume" in argv and run_dir and file.exists() else None
-    record = json.loads(file.read_text()) if resumed else {}
+    record = json.loads(file.read_text()) if "--resume" in argv and run_dir and file.exists() else {}
     task = datapools.get_task(record.get("task", name))
     row = next((row for tasks, row in TASK_DEFAULTS.items() if name in tasks.split()), ())
     defaults = task.flags(policy_type) | dict(zip(TASK_COLUMNS, row, strict=False), task=name)
-    defaults |= {name: value for name, value in record.items() if name in Args.__dataclass_fields__}
-    args = datapools.parse_flags(Args, argv, defaults, __doc__, resumed)
+    args = datapools.parse_flags(Args, argv, defaults, record, __doc__)
     if args.reward_weights is None:
         args.reward_weights = task.reward_weights if args.reward == task.reward else (1.0,) * len(args.reward)
     check_args(args)
