@@ -37,8 +37,6 @@ import inspect
 import json
 import math
 import os
-import pickle
-import secrets
 import shutil
 import signal
 import sys
@@ -50,6 +48,7 @@ from types import SimpleNamespace
 from typing import Annotated, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: spinning ones starve a neighbour process
+os.environ["MPLBACKEND"] = "agg"  # curves are drawn without a display
 
 import numpy as np
 import torch
@@ -57,13 +56,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForSeq2SeqLM, GenerationConfig
-from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutput
 
 import datapools
@@ -91,6 +88,12 @@ TASK_DEFAULTS = {
 }  # fmt: skip
 Fraction = Annotated[float, Field(ge=0, le=1)]
 UPDATE_FIGURES = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clipfrac", "losses/ratio")
+SHOWN = ("objective/score", "objective/kl", "losses/nll", "time/tokens_per_second")
+LOGS = ("metrics.jsonl", "eval.jsonl")
+# the last word of every counter: what its random numbers are for (datapools.prompt_order has one too)
+TOKENS, MINIBATCHES = range(2)
+EVALUATION_STREAM = 2**63 - 1  # no iteration has this number
+signature = functools.cache(inspect.signature)  # looking it up takes as long as a layer of a small model
 
 
 @dataclass
@@ -185,10 +188,10 @@ def main():
     if record.get("start_weights", start_weights) != start_weights:
         raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
     rank, world_size = join_processes(device)
-    wandb_id = record.get("wandb_id", secrets.token_hex(4))
+    wandb_id = record.get("wandb_id", os.urandom(4).hex())
     record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
     run_dir = open_run_dir(args, record, rank)
-    checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
+    checkpoint = load_checkpoint(run_dir, rank) if args.resume else {}
     # B sequences of an iteration in this process, Q prompt tokens, T response tokens, V vocabulary
     B, T = args.batch_size // world_size, args.response_length
     V = policy.get_output_embeddings().weight.shape[0]
@@ -200,10 +203,9 @@ def main():
     mask_model = policy if args.mask_type == "top_k" else copy.deepcopy(reference)
     masking = dict(mask_type=args.mask_type, top_mask=args.top_mask, min_tokens_to_keep=args.min_tokens_to_keep)
     masking |= dict(special_ids=tokenizer.all_special_ids)
-    iteration, kl_coef = 0, args.kl_coef
+    iteration = checkpoint.get("iteration", 0)
+    kl_coef = checkpoint.get("kl_coef", {}).get(args.kl_coef, args.kl_coef)  # a changed --kl-coef begins anew
     if checkpoint:
-        iteration = checkpoint["iteration"]
-        kl_coef = checkpoint["kl_coef"].get(args.kl_coef, args.kl_coef)  # a changed --kl-coef begins anew
         policy.load_state_dict(checkpoint["policy"])
         value_model.load_state_dict(checkpoint["value_model"])
         mask_model.load_state_dict(checkpoint["mask_model"])
@@ -218,7 +220,7 @@ def main():
     check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
     thread = concurrent.futures.ThreadPoolExecutor(1)
     announce(run_dir, policy, lengths, device, args, record, rank)
-    evaluation = (policy, tokenizer, metrics, decoding, args, device, run_dir)
+    evaluation = (policy, tokenizer, metrics, decoding, behaviour, args, device, run_dir)
     if iteration == 0:
         evaluate("val", val, 0, *evaluation)
         evaluate("test", test, 0, *evaluation)
@@ -226,7 +228,7 @@ def main():
         # a kill may have come between a checkpoint and its model
         save_model(run_dir, policy, tokenizer, rank, rank == 0 and is_best(run_dir, args.keep_best, iteration))
 
-    progress = tqdm(total=args.num_iterations, initial=iteration, disable=rank > 0 or not sys.stderr.isatty())
+    progress = tqdm(total=args.num_iterations, initial=iteration, disable=rank > 0 or None)
     while iteration < args.num_iterations:
         iteration += 1
         started = seconds(device)
@@ -311,8 +313,7 @@ def main():
                 clipped = ratio.clamp(1 - args.clip_coef, 1 + (args.clip_coef_high or args.clip_coef))
                 pg_loss = -torch.min(mb.advantages * ratio, mb.advantages * clipped)
                 if args.clip_vf_coef is not None:
-                    change = (new_values - mb.values).clamp(-args.clip_vf_coef, args.clip_vf_coef)
-                    new_values = mb.values + change
+                    new_values = mb.values + (new_values - mb.values).clamp(-args.clip_vf_coef, args.clip_vf_coef)
                 v_loss = (new_values - mb.returns) ** 2
                 loss = args.vf_coef * v_loss if warming_up else pg_loss + args.vf_coef * v_loss
                 if args.ent_coef and not warming_up:
@@ -400,21 +401,17 @@ def main():
         print(f"{run_dir}: {iteration} of {args.num_iterations} iterations done{go_on}", flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if signals and signals[0][0] == signal.SIGINT:
-        raise SystemExit(130)
+    return 130 if signals and signals[0][0] == signal.SIGINT else 0
 
 
 # ------------------------------------------------------------------------------------------------ NLPO
 def gae(rewards, values, mask, gamma, gae_lambda):
     """Advantages (B, T), https://arxiv.org/abs/1506.02438 (16); what follows the last token, EOS or not, is worth 0."""
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
+    deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values  # (B, T)
+    advantages = torch.zeros_like(F.pad(rewards, (0, 1)))  # (B, T + 1)
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * gae_lambda * next_advantage) * mask[:, t]
-        next_value = values[:, t]
-        advantages[:, t] = next_advantage
-    return advantages
+        advantages[:, t] = (deltas[:, t] + gamma * gae_lambda * advantages[:, t + 1]) * mask[:, t]
+    return advantages[:, :-1]
 
 
 def next_kl_coef(kl_coef, kl, target_kl):
@@ -552,14 +549,8 @@ def response_logits(policy, mb, **options):
 
 def forward(model, **inputs):
     """The model's outputs; of the inputs it is given those that it takes (BLOOM and MPT find positions themselves)."""
-    names = parameter_names(type(model))
+    names = signature(type(model).forward).parameters
     return model(**{name: value for name, value in inputs.items() if name in names or "kwargs" in names})
-
-
-@functools.cache
-def parameter_names(model_class):
-    """What the forward of a model class takes; looking it up takes as long as a layer of a small model."""
-    return tuple(inspect.signature(model_class.forward).parameters)
 
 
 def behaviour_logits(logits, first_position, temperature, min_response_length, eos, forced_bos=None):
@@ -604,8 +595,7 @@ def micro_batches(batch, size):
         columns = query_mask[rows].any(0).nonzero()  # (Q', 1): a prompt's padding is before it or behind it
         prompts, responses = slice(columns[0, 0], columns[-1, 0] + 1), slice(lengths[rows].max())
         cuts = {"queries": prompts, "query_mask": prompts}
-        part = {name: tensor[rows] for name, tensor in batch.items()}
-        yield rows, SimpleNamespace(**{name: x[:, cuts.get(name, responses)] for name, x in part.items()})
+        yield rows, SimpleNamespace(**{name: x[rows][:, cuts.get(name, responses)] for name, x in batch.items()})
 
 
 @torch.no_grad()
@@ -664,8 +654,7 @@ def sample_responses(
     ask_every = 16 if queries.is_cuda else 1  # asking a GPU whether all rows have ended waits for it
     for t in range(uniform.shape[1]):
         logits = behaviour_logits(decode_step(policy, state, inputs), t, **behaviour).squeeze(1)  # (B, V)
-        for warper in warpers:
-            logits = warper(None, logits)
+        logits = LogitsProcessorList(warpers)(None, logits)
         if mask_model is not None:
             mask_logits = logits
             if mask_model is not policy:
@@ -738,35 +727,31 @@ def check_fit(policy, value_model, queries, query_mask, behaviour, pad_id, args)
 
 # ------------------------------------------------------------------------------------------------ evaluation
 @torch.no_grad()
-def decode_split(policy, tokenizer, samples, decoding, args, device):
+def decode_split(policy, tokenizer, samples, decoding, behaviour, args, device):
     """The responses to all samples, of which each process decodes its share."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     seq2seq = policy.config.is_encoder_decoder
     rounds = math.ceil(len(samples) / world_size)  # equal for all: the last may come to a sample that another has too
-    own, texts = torch.tensor([(rank + world_size * i) % len(samples) for i in range(rounds)]), {}
-    pad_id, eos = policy.generation_config.pad_token_id, torch.tensor(policy.generation_config.eos_token_id).to(device)
-    hidden = rank > 0 or not sys.stderr.isatty()
-    for indices in tqdm(own.split(args.sample_batch_size), "evaluation", leave=False, disable=hidden):
-        indices = indices.tolist()
-        shown = [samples[i] for i in indices]
+    own, texts = torch.arange(rank, rounds * world_size, world_size) % len(samples), []
+    pad_id, eos = policy.generation_config.pad_token_id, behaviour["eos"]
+    for indices in tqdm(own.split(args.sample_batch_size), "evaluation", leave=False, disable=rank > 0 or None):
+        shown = samples.take(indices)
         prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, shown, args, pad_id, device, seq2seq)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             if decoding.get("do_sample"):
                 # every evaluation draws the same numbers, so that two policies do not differ by luck
                 uniform = uniforms(args.seed, EVALUATION_STREAM, indices, args.response_length).to(device)
-                temperature, least = decoding.get("temperature", 1.0), args.min_response_length
-                behaviour = dict(temperature=temperature, min_response_length=least, eos=eos)
+                behaviour = behaviour | dict(temperature=decoding.get("temperature", 1.0))
                 warpers = [TopKLogitsWarper(decoding["top_k"])] if decoding.get("top_k") else []
                 warpers += [TopPLogitsWarper(decoding["top_p"])] if decoding.get("top_p") else []
                 responses, *_ = sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers)
             else:
                 responses = beam_search(policy, queries, query_mask)
-        generations = datapools.decode_responses(tokenizer, prompt_ids, datapools.until_eos(responses, eos), seq2seq)
-        texts |= dict(zip(indices, generations, strict=True))
+        texts += datapools.decode_responses(tokenizer, prompt_ids, datapools.until_eos(responses, eos), seq2seq)
     parts = [texts] * world_size
     if dist.is_initialized():
         dist.all_gather_object(parts, texts)
-    return [next(part[i] for part in parts if i in part) for i in range(len(samples))]
+    return [text for turn in zip(*parts, strict=True) for text in turn][: len(samples)]
 
 
 def beam_search(policy, queries, query_mask, **options):
@@ -778,19 +763,18 @@ def beam_search(policy, queries, query_mask, **options):
     return output[:, 1 if policy.config.is_encoder_decoder else queries.shape[1] :]  # without start token or prompt
 
 
-def evaluate(split, samples, iteration, policy, tokenizer, metrics, decoding, args, device, run_dir):
+def evaluate(split, samples, iteration, policy, tokenizer, metrics, decoding, behaviour, args, device, run_dir):
     """Decodes a split, measures, and leaves eval.jsonl, predictions/{split}_{iteration}.jsonl and a table."""
-    generations = decode_split(policy, tokenizer, samples, decoding, args, device)
+    generations = decode_split(policy, tokenizer, samples, decoding, behaviour, args, device)
     figures, predictions = measure(metrics, samples, generations, policy, tokenizer)
     if args.keep_best not in (None, *figures):
         raise UsageError(f"--keep-best {args.keep_best}: not measured; --metrics gives {', '.join(figures)}")
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    row = {"iteration": iteration, "split": split} | figures
     (run_dir / "predictions").mkdir(exist_ok=True)
     lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
     (run_dir / "predictions" / f"{split}_{iteration}.jsonl").write_text("".join(lines), encoding="utf-8")
-    write_row(run_dir / "eval.jsonl", row, args, prefix=f"eval/{split}/")
+    write_row(run_dir / "eval.jsonl", {"iteration": iteration, "split": split} | figures, args, prefix=f"eval/{split}/")
     tqdm.write(f"--- {split} after {iteration} iterations: {len(samples)} samples")
     for name, value in figures.items():
         tqdm.write(f"    {name:<32} {value if value is None else round(value, 4)}")
@@ -857,9 +841,6 @@ def check_args(args):
 
 
 # ------------------------------------------------------------------------------------------------ files of a run
-LOGS = ("metrics.jsonl", "eval.jsonl")
-
-
 def open_run_dir(args, record, rank):
     """Makes or reopens the run folder, which no two runs share, and writes config.json. Rank 0 does, for all."""
     outcome = [None]
@@ -908,15 +889,15 @@ def save_checkpoint(run_dir, state, rank):
 
 
 def load_checkpoint(run_dir, rank):
-    """The state that was saved last, or None. The logs become what they were then."""
+    """The state that was saved last, {} if none was. The logs become what they were then."""
     file = next((f for f in (run_dir / "checkpoint" / n for n in ("latest.pt", "previous.pt")) if f.exists()), None)
     try:
         state = file and torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{file}: damaged; remove it to go on from the one before: {error}") from None
+    except datapools.LOADING_ERRORS as error:
+        raise UsageError(f"{file}: damaged or unreadable; remove it to go on from the one before: {error}") from None
     for name in LOGS if rank == 0 else ():
         (run_dir / name).write_text(state["logs"].get(name, "") if state else "")
-    return state
+    return state or {}
 
 
 def load_optimizer(optimizer, state):
@@ -936,17 +917,14 @@ def save_model(run_dir, policy, tokenizer, rank, best=False):
     if rank > 0:
         return
     aside = run_dir / "model.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
     # tied weights are gathered once under each of their names
     names = dict(policy.named_parameters(remove_duplicate=False)).keys() - dict(policy.named_parameters()).keys()
-    policy.save_pretrained(aside, state_dict={name: w for name, w in weights.items() if name not in names})
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(run_dir / "model", ignore_errors=True)  # a kill just here: --resume writes it again
-    aside.rename(run_dir / "model")
-    if best:
-        shutil.copytree(run_dir / "model", aside)
-        shutil.rmtree(run_dir / "best", ignore_errors=True)
-        aside.rename(run_dir / "best")
+    for place in ("model", "best") if best else ("model",):
+        shutil.rmtree(aside, ignore_errors=True)
+        policy.save_pretrained(aside, state_dict={name: w for name, w in weights.items() if name not in names})
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(run_dir / place, ignore_errors=True)  # a kill just here: --resume writes it again
+        aside.rename(run_dir / place)
 
 
 def write_row(file, row, args, prefix=""):
@@ -975,10 +953,8 @@ def log_row(row, run_dir, progress, args, rank):
 
 def plot_curves(run_dir):
     """Draws curves.png: objective, rewards, losses and rollouts of metrics.jsonl, and all metrics on val."""
-    import matplotlib
     import pandas as pd
 
-    matplotlib.use("agg")
     rows, evals = (pd.read_json(run_dir / name, lines=True).set_index("iteration") for name in LOGS)
     curves = rows.filter(regex="^(objective|reward|losses|rollout)/")
     curves = curves.join(evals[evals["split"] == "val"].drop(columns="split").add_prefix("eval/val/"), how="outer")
@@ -1036,7 +1012,7 @@ def prepare_model(model, device, fsdp, recompute):
         options = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
         layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, **options)
     if fsdp:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for module in [*reversed(layers), model]:  # what is within another before it (Mamba names both)
             fully_shard(module, mesh=mesh)
             module.set_gradient_divide_factor(1.0)
@@ -1075,7 +1051,7 @@ def total(x):
 def gathered(state, rank):
     """The state with all sharded tensors whole and on the CPU, for rank 0; to be called on all processes."""
     place = "cpu" if rank == 0 else "meta"  # others take part, and keep nothing
-    return tree_map(lambda x: x.full_tensor().to(place) if isinstance(x, DTensor) else x, state)
+    return torch.utils._pytree.tree_map(lambda x: x.full_tensor().to(place) if isinstance(x, DTensor) else x, state)
 
 
 def checksum(model):
@@ -1107,15 +1083,8 @@ def seconds(device):
     return time.perf_counter()
 
 
-# the last word of every counter: what its random numbers are for (datapools.prompt_order has one too)
-TOKENS, MINIBATCHES = range(2)
-EVALUATION_STREAM = 2**63 - 1  # no iteration has this number
-
-SHOWN = ("objective/score", "objective/kl", "losses/nll", "time/tokens_per_second")
-
-
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except UsageError as error:
         fail(error)

@@ -29,9 +29,7 @@ import inspect
 import json
 import math
 import os
-import pickle
 import random
-import secrets
 import shutil
 import signal
 import sys
@@ -42,6 +40,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads sleep: spinning ones starve a neighbour process
+os.environ["MPLBACKEND"] = "agg"  # curves are drawn without a display
 
 import datasets
 import torch
@@ -49,10 +48,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
@@ -63,6 +60,8 @@ from rewards import as_text, encode_texts, increasing_numbers, judged_text, max_
 # `numbers` are pairs of synthetic texts for the small model of supervised.py; else, one pass at 1e-5 (InstructGPT).
 TASK_COLUMNS = "batch_size num_epochs learning_rate".split()
 TASK_DEFAULTS = {"numbers": (32, 3, 5e-4)}
+SHOWN = ("objective/score", "objective/kl", "losses/nll", "time/tokens_per_second")
+LOGS = ("metrics.jsonl", "eval.jsonl")
 
 
 @dataclass
@@ -120,10 +119,10 @@ def main():
     if record.get("start_weights", start_weights) != start_weights:
         raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
     rank, world_size = join_processes(device)
-    wandb_id = record.get("wandb_id", secrets.token_hex(4))
+    wandb_id = record.get("wandb_id", os.urandom(4).hex())
     record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
     run_dir = open_run_dir(args, record, rank)
-    checkpoint = load_checkpoint(run_dir, rank) if args.resume else None
+    checkpoint = load_checkpoint(run_dir, rank) if args.resume else {}
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
     num_iterations, iteration = args.num_epochs * math.ceil(len(train) / args.batch_size), 0
@@ -143,7 +142,7 @@ def main():
     else:
         save_model(run_dir, model.backbone, tokenizer, rank)  # a kill may have come between a checkpoint and its model
 
-    progress = tqdm(total=num_iterations, initial=iteration, disable=rank > 0 or not sys.stderr.isatty())
+    progress = tqdm(total=num_iterations, initial=iteration, disable=rank > 0 or None)
     while iteration < num_iterations:
         iteration += 1
         started = seconds(device)
@@ -204,8 +203,7 @@ def main():
         print(f"{run_dir}: {iteration} of {num_iterations} iterations done{go_on}", flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if signals and signals[0][0] == signal.SIGINT:
-        raise SystemExit(130)
+    return 130 if signals and signals[0][0] == signal.SIGINT else 0
 
 
 # ------------------------------------------------------------------------------------------------ the losses
@@ -426,9 +424,6 @@ def check_args(args):
 
 
 # ------------------------------------------------------------------------------------------------ files of a run
-LOGS = ("metrics.jsonl", "eval.jsonl")
-
-
 def open_run_dir(args, record, rank):
     """Makes or reopens the run folder, which no two runs share, and writes config.json. Rank 0 does, for all."""
     outcome = [None]
@@ -477,15 +472,15 @@ def save_checkpoint(run_dir, state, rank):
 
 
 def load_checkpoint(run_dir, rank):
-    """The state that was saved last, or None. The logs become what they were then."""
+    """The state that was saved last, {} if none was. The logs become what they were then."""
     file = next((f for f in (run_dir / "checkpoint" / n for n in ("latest.pt", "previous.pt")) if f.exists()), None)
     try:
         state = file and torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{file}: damaged; remove it to go on from the one before: {error}") from None
+    except datapools.LOADING_ERRORS as error:
+        raise UsageError(f"{file}: damaged or unreadable; remove it to go on from the one before: {error}") from None
     for name in LOGS if rank == 0 else ():
         (run_dir / name).write_text(state["logs"].get(name, "") if state else "")
-    return state
+    return state or {}
 
 
 def load_optimizer(optimizer, state):
@@ -505,17 +500,14 @@ def save_model(run_dir, policy, tokenizer, rank, best=False):
     if rank > 0:
         return
     aside = run_dir / "model.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
     # tied weights are gathered once under each of their names
     names = dict(policy.named_parameters(remove_duplicate=False)).keys() - dict(policy.named_parameters()).keys()
-    policy.save_pretrained(aside, state_dict={name: w for name, w in weights.items() if name not in names})
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(run_dir / "model", ignore_errors=True)  # a kill just here: --resume writes it again
-    aside.rename(run_dir / "model")
-    if best:
-        shutil.copytree(run_dir / "model", aside)
-        shutil.rmtree(run_dir / "best", ignore_errors=True)
-        aside.rename(run_dir / "best")
+    for place in ("model", "best") if best else ("model",):
+        shutil.rmtree(aside, ignore_errors=True)
+        policy.save_pretrained(aside, state_dict={name: w for name, w in weights.items() if name not in names})
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(run_dir / place, ignore_errors=True)  # a kill just here: --resume writes it again
+        aside.rename(run_dir / place)
 
 
 def write_row(file, row, args, prefix=""):
@@ -544,10 +536,8 @@ def log_row(row, run_dir, progress, args, rank):
 
 def plot_curves(run_dir):
     """Draws curves.png: objective, rewards, losses and rollouts of metrics.jsonl, and all metrics on val."""
-    import matplotlib
     import pandas as pd
 
-    matplotlib.use("agg")
     rows, evals = (pd.read_json(run_dir / name, lines=True).set_index("iteration") for name in LOGS)
     curves = rows.filter(regex="^(objective|reward|losses|rollout)/")
     curves = curves.join(evals[evals["split"] == "val"].drop(columns="split").add_prefix("eval/val/"), how="outer")
@@ -605,7 +595,7 @@ def prepare_model(model, device, fsdp, recompute):
         options = dict(use_reentrant=False, preserve_rng_state=False)  # there is no dropout
         layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, **options)
     if fsdp:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for module in [*reversed(layers), model]:  # what is within another before it (Mamba names both)
             fully_shard(module, mesh=mesh)
             module.set_gradient_divide_factor(1.0)
@@ -644,7 +634,7 @@ def total(x):
 def gathered(state, rank):
     """The state with all sharded tensors whole and on the CPU, for rank 0; to be called on all processes."""
     place = "cpu" if rank == 0 else "meta"  # others take part, and keep nothing
-    return tree_map(lambda x: x.full_tensor().to(place) if isinstance(x, DTensor) else x, state)
+    return torch.utils._pytree.tree_map(lambda x: x.full_tensor().to(place) if isinstance(x, DTensor) else x, state)
 
 
 def checksum(model):
@@ -676,11 +666,8 @@ def seconds(device):
     return time.perf_counter()
 
 
-SHOWN = ("objective/score", "objective/kl", "losses/nll", "time/tokens_per_second")
-
-
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except UsageError as error:
         fail(error)

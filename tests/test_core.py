@@ -705,7 +705,7 @@ def state_of(iteration):
 def test_checkpoint_comes_back_to_the_bit(script, run_dir):
     """With the logs as they were then; another process than the first touches no file."""
     (run_dir / "metrics.jsonl").write_text("12345\n")
-    assert script.load_checkpoint(run_dir, 1) is None and (run_dir / "metrics.jsonl").read_text() == "12345\n"
+    assert script.load_checkpoint(run_dir, 1) == {} and (run_dir / "metrics.jsonl").read_text() == "12345\n"
     for iteration in (1, 2, 3):
         state = state_of(iteration)
         script.save_checkpoint(run_dir, dict(state), 1)
@@ -726,7 +726,7 @@ def test_checkpoint_comes_back_to_the_bit(script, run_dir):
 
 def test_run_without_a_checkpoint_begins_with_empty_logs(script, run_dir):
     (run_dir / "metrics.jsonl").write_text("of a run that was killed before its first checkpoint\n")
-    assert script.load_checkpoint(run_dir, 0) is None
+    assert script.load_checkpoint(run_dir, 0) == {}
     assert (run_dir / "metrics.jsonl").read_text() == ""
 
 

@@ -186,7 +186,7 @@ def test_any_eos_ends_a_response_and_none_comes_too_early(kind, tmp_path):
     assert datapools.until_eos(responses, eos) == [row[:4] for row in responses.tolist()]
 
 
-def test_a_target_language_is_the_first_token_in_sampling_scoring_and_search(tmp_path):
+def test_a_target_language_is_the_first_token_in_sampling_scoring_and_search(tmp_path, monkeypatch):
     folder = save("mbart", True, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["w10", "w11"]})
@@ -209,6 +209,16 @@ def test_a_target_language_is_the_first_token_in_sampling_scoring_and_search(tmp
     scored = ppo_seq2seq.token_logprobs(logits, responses)
     assert ((scored - sampled) * mask).abs().max() < 1e-5
     assert (ppo_seq2seq.beam_search(policy, queries, query_mask)[:, 0] == forced).all()
+    drawn, sample = [], ppo_seq2seq.sample_responses
+    monkeypatch.setattr(ppo_seq2seq, "sample_responses", lambda *given: drawn.append(sample(*given)) or drawn[-1])
+    args = SimpleNamespace(**vars(args), truncation_side="left", sample_batch_size=4, dtype="float32", seed=1)
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"prompt": "w5 w6", "references": ["w7"]}\n' * 20)
+    split = datapools.load_task(str(own), "train")
+    texts = ppo_seq2seq.decode_split(
+        policy, tokenizer, split, {"do_sample": True}, behaviour, args, torch.device("cpu")
+    )
+    assert len(texts) == len(split) and (drawn[0][0][:, 0] == forced).all()
     with pytest.raises(datapools.UsageError, match="--languages xx"):
         datapools.load_tokenizer(str(folder), ("xx", "w11"))
 
