@@ -4,8 +4,6 @@
 metrics and decoding that the scripts use unless told otherwise. One loader function per task, one table `TASKS` at the
 end. Names are those of the table, one's own file or folder, or a dataset of the hub (see `load_own`).
 
-A split is a `Split`: the texts stay in an Arrow table on disk, a sample is made when it is asked for.
-
 To add a task: write a function `load(split, data=None, **options)` that gives a Split, or a list of Sample where these
 are few, and a line in TASKS.
 Sources, licences, sizes and an example of each task: docs/tasks.md.
@@ -28,9 +26,9 @@ import os
 import pickle
 import random
 import re
+import shutil
 import sys
 import threading
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -75,11 +73,6 @@ transformers.utils.logging.set_verbosity_error()  # no tables of weights: what i
 csv.field_size_limit(2**31 - 1)  # articles are longer than the 131,072 characters that csv allows
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}  # our name -> the hub's, others
-# any one of these tells transformers what the tokenizer is; without one it makes up an empty one
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt",
-    "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
-)  # fmt: skip
 CONVERTED = "refs/convert/parquet"  # where the hub keeps a loadable copy of a dataset that has a loading script
 OWN_FILES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".json", ".json.gz")
 UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error)  # what reading a text file, gzipped or not, can raise
@@ -109,7 +102,7 @@ class Sample:
 
 
 class Split(Sequence):
-    """The samples of one split, each made from its row of an Arrow table when it is asked for; none is kept.
+    """The samples of one split, each made from its row of an Arrow table on disk when it is asked for; none is kept.
 
     rows: a `datasets.Dataset`; make(row, n) gives sample number n; row_of: the row of each sample, if not one each.
     A slice is a Split of the same table.
@@ -126,9 +119,8 @@ class Split(Sequence):
     def take(self, indices) -> list[Sample]:
         """The samples at these indices, by one access to the table, several times faster than one by one."""
         numbers = [self.numbers[i] for i in indices]
-        columns = self.rows[[int(self.row_of[n]) for n in numbers]]
-        values = zip(*columns.values(), strict=True)
-        return [self.make(dict(zip(columns, row, strict=True)), n) for row, n in zip(values, numbers, strict=True)]
+        rows = self.rows.__getitems__([int(self.row_of[n]) for n in numbers])
+        return [self.make(row, n) for row, n in zip(rows, numbers, strict=True)]
 
     def __getitem__(self, key):
         if isinstance(key, slice):
@@ -185,21 +177,19 @@ def split_file(data: str, split: str, suffixes: tuple[str, ...]) -> Path:
     """The file of a split in the folder `data`, under any name that the split goes by. UsageError if there is none."""
     folder = Path(data)
     if not folder.is_dir():
-        raise UsageError(f"{data} is not a folder with {SPLITS[split][0]}{suffixes[0]}")
+        raise UsageError(f"--data {data}: not a folder with {SPLITS[split][0]}{suffixes[0]}")
     names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in suffixes]
-    for file in (folder / name for name in names):
-        if file.is_file():
-            if file.suffix == ".parquet":
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+        raise UsageError(f"{data}: the split {split!r} is missing, no {' or '.join(names[:4])}; there is: {there}")
+    try:
+        with open_text(file) as lines:
+            if file.suffix == ".parquet" or any(line.strip() for line in lines):
                 return file
-            try:
-                with open_text(file) as lines:
-                    if any(line.strip() for line in lines):
-                        return file
-            except UNREADABLE as error:
-                raise UsageError(f"{file} cannot be read ({error})") from None
-            raise UsageError(f"{file}: the split {split!r} is empty")
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-    raise UsageError(f"{data}: the split {split!r} is missing, no {' or '.join(names[:4])}; there is: {there}")
+    except UNREADABLE as error:
+        raise UsageError(f"{file} cannot be read ({error})") from None
+    raise UsageError(f"{file}: the split {split!r} is empty")
 
 
 def answers(url: str) -> bool:
@@ -207,13 +197,8 @@ def answers(url: str) -> bool:
     answered = []
 
     def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # an answer as well
-        except OSError:
-            return
-        answered.append(True)
+        with contextlib.suppress(httpx.HTTPError):
+            answered.append(httpx.head(url, timeout=ANSWER_SECONDS))  # "not found" is an answer as well
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -227,16 +212,6 @@ def offline_if_unreachable() -> None:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def hub_or_folder(split: str, data: str | None, **hub) -> dict:
-    """The arguments of load_dataset: `hub`'s, or with `data` those of the split's file in that folder."""
-    if data is not None:
-        file = split_file(data, split, (".jsonl", ".jsonl.gz", ".parquet"))
-        kind = "parquet" if file.suffix == ".parquet" else "json"
-        return {"path": kind, "data_files": {split: str(file)}, "split": split}
-    offline_if_unreachable()
-    return {**hub, "split": SPLITS[split][0]}
-
-
 def open_rows(where: str, way_out: str = "", load: Callable | None = None, **source):
     """What `datasets` loads from `source`; UsageError, in one line, if it does not. way_out: what else can be done."""
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong reaches the user as one line, below
@@ -246,8 +221,8 @@ def open_rows(where: str, way_out: str = "", load: Callable | None = None, **sou
     try:
         return (load or datasets.load_dataset)(**source)
     except (OSError, ValueError, LookupError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, UsageError) or isinstance(error.__cause__, UsageError):
-            raise UsageError(str(error.__cause__ or error)) from None
+        if isinstance(error.__cause__, UsageError):  # of the generator that reads one's own texts
+            raise error.__cause__ from None
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         if load is None and "data_files" not in source and datasets.config.HF_HUB_OFFLINE:
             reason = "the Hugging Face hub cannot be reached, and it is not in the local cache"
@@ -259,8 +234,7 @@ def check_columns(where: str, rows, columns: dict[str, str]) -> None:
     for column, kind in columns.items():
         if column not in rows.features:
             there = ", ".join(rows.column_names)
-            close = nearest(column, rows.features)
-            raise UsageError(f"{where} has no column {column!r}{close}; it has: {there}")
+            raise UsageError(f"{where} has no column {column!r}{nearest(column, rows.features)}; it has: {there}")
         found = rows.features[column]
         found = "list" if isinstance(found, datasets.List | datasets.LargeList) else getattr(found, "dtype", "mixed")
         if rows.data.column(column).null_count:
@@ -270,16 +244,22 @@ def check_columns(where: str, rows, columns: dict[str, str]) -> None:
             raise UsageError(f"{where}: the column {column!r} must be of type {kind}, and is {found}")
 
 
-def load_rows(task: str, split: str, source: dict, columns: dict[str, str], max_size: int | None = None):
+def load_rows(task: str, split: str, data: str | None, columns: dict[str, str], max_size: int | None = None, **hub):
     """The rows of one split as a `datasets.Dataset`, structures flattened ("translation.en").
 
-    source: the arguments of load_dataset; columns: name -> its type (string, int, list), all needed and none empty in
-    any row; max_size: only that many rows from the start. UsageError if any of that cannot be had.
+    hub: the arguments of load_dataset; with `data` the split's file in that folder is read instead. columns: name ->
+    its type (string, int, list), all needed and none empty in any row; max_size: only that many rows from the start.
+    UsageError if any of that cannot be had.
     """
     check_positive(max_size=max_size)
-    local = source.get("data_files")
-    where = f"{task}: {local[split] if local else 'dataset ' + source['path']}"
-    way_out = "" if local else f"; with --data FOLDER, {SPLITS[split][0]}.jsonl of that folder is read instead"
+    if data is None:
+        offline_if_unreachable()
+        where, source = f"{task}: dataset {hub['path']}", {**hub, "split": SPLITS[split][0]}
+        way_out = f"; with --data FOLDER, {SPLITS[split][0]}.jsonl of that folder is read instead"
+    else:
+        file = split_file(data, split, (".jsonl", ".jsonl.gz", ".parquet"))
+        kind, where, way_out = "parquet" if file.suffix == ".parquet" else "json", f"{task}: {file}", ""
+        source = {"path": kind, "data_files": {split: str(file)}, "split": split}
     rows = open_rows(where, way_out, **source).flatten()
     if len(rows) == 0:
         raise UsageError(f"{where}: the split {split!r} is empty")
@@ -303,10 +283,8 @@ def download(task: str, url: str, sha256: str | None = None) -> Path:
                 raise ConnectionError("offline, or the server does not answer")
             with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response, open(part, "wb") as file:
                 size = int(response.headers.get("Content-Length", 0))
-                with tqdm(desc=f"{task} {path.name}", total=size or None, unit="B", unit_scale=True) as bar:
-                    while chunk := response.read(1 << 20):
-                        file.write(chunk)
-                        bar.update(len(chunk))
+                with tqdm.wrapattr(file, "write", total=size or None, desc=f"{task} {path.name}") as target:
+                    shutil.copyfileobj(response, target)
             if size and part.stat().st_size != size:
                 raise ConnectionError(f"broke off after {part.stat().st_size} of {size} bytes")
             with open(part, "rb") as file:
@@ -314,11 +292,18 @@ def download(task: str, url: str, sha256: str | None = None) -> Path:
                     raise ConnectionError("wrong checksum: the file is not the one that this task was written for")
             part.replace(path)
         except (OSError, http.client.HTTPException) as error:
-            way_out = "with --data FOLDER its files are read from there instead"
-            raise UsageError(f"{task}: {url} cannot be downloaded ({error}); {way_out}") from None
+            raise UsageError(f"{task}: {url} cannot be downloaded ({error}); --data FOLDER reads a copy") from None
         finally:
             part.unlink(missing_ok=True)
     return path
+
+
+def grouped(keys) -> list[list[int]]:
+    """The numbers of the rows of each key, in the order of the first: rows of one key make one sample."""
+    rows_of = {}
+    for i, key in enumerate(keys):
+        rows_of.setdefault(key, []).append(i)
+    return list(rows_of.values())
 
 
 def check_positive(**options: int | None) -> None:
@@ -329,14 +314,17 @@ def check_positive(**options: int | None) -> None:
 
 
 # ---- Synthetic tasks: nothing to download ----------------------------------------------------------------------------
-def synthetic(task: str, prompt: str, write: Callable, split: str, data, n_samples: int, seed: int) -> Split:
-    """n_samples times the same prompt, each with one reference by `write(rng)`; the same for a split and a seed."""
+def synthetic(task: str, prompt: str, write: Callable, few: int, split: str, data, n_samples, seed) -> list[Sample]:
+    """The same prompt again and again, each with one reference by `write(rng)`; the same for a split and a seed.
+
+    n_samples: 2000 for train, so that there is something to imitate, and `few` for val and test, unless given.
+    """
     if data is not None:
         raise UsageError(f"{task} is synthetic and reads no --data, given: {data}")
     check_positive(n_samples=n_samples)
+    n_samples = n_samples or (2000 if split == "train" else few)
     rng = random.Random(f"{task} {split} {seed}")
-    rows = datasets.Dataset.from_dict({"reference": [write(rng) for _ in range(n_samples)]})
-    return Split(rows, lambda row, n: Sample(f"{split}_{n}", prompt, [row["reference"]], {}))
+    return [Sample(f"{split}_{n}", prompt, [write(rng)], {}) for n in range(n_samples)]
 
 
 def broken_count(rng: random.Random) -> str:
@@ -349,14 +337,12 @@ def broken_count(rng: random.Random) -> str:
     return " ".join(map(str, numbers))
 
 
-def load_numbers(split, data=None, n_samples: int | None = None, seed: int = 0) -> Split:
+def load_numbers(split, data=None, n_samples: int | None = None, seed: int = 0) -> list[Sample]:
     """Write numbers that rise. The references show how, and break off often: imitating them is worth about a third.
 
     All prompts are the same, so val and test measure the same; they differ in their references only.
-    n_samples: 2000 for train, so that there is something to imitate, and 50 for val and test.
     """
-    n_samples = {"train": 2000}.get(split, 50) if n_samples is None else n_samples
-    return synthetic("numbers", "Count upwards:", broken_count, split, data, n_samples, seed)
+    return synthetic("numbers", "Count upwards:", broken_count, 50, split, data, n_samples, seed)
 
 
 WHO = ("The ferry", "Our neighbour", "The old bridge", "A new library", "The choir", "My sister", "The last train")
@@ -370,13 +356,9 @@ def sentence_with_time(rng: random.Random) -> str:
     return f"{rng.choice(WHO)} {rng.choice(DID)} {date if rng.random() < 0.25 else rng.choice(WHEN)}."
 
 
-def load_dates(split, data=None, n_samples: int | None = None, seed: int = 0) -> Split:
-    """Write a sentence with a date like 1987-05-14 in it. Every fourth reference has one.
-
-    n_samples: 2000 for train, so that there is something to imitate, and 100 for val and test.
-    """
-    n_samples = {"train": 2000}.get(split, 100) if n_samples is None else n_samples
-    return synthetic("dates", "Write a date:", sentence_with_time, split, data, n_samples, seed)
+def load_dates(split, data=None, n_samples: int | None = None, seed: int = 0) -> list[Sample]:
+    """Write a sentence with a date like 1987-05-14 in it. Every fourth reference has one."""
+    return synthetic("dates", "Write a date:", sentence_with_time, 100, split, data, n_samples, seed)
 
 
 # ---- Film reviews to go on with (IMDB) -------------------------------------------------------------------------------
@@ -384,8 +366,7 @@ def imdb_rows(task: str, split: str, data: str | None):
     """train and val: the first 80% and the rest of the hub's train split, shuffled; test: 5,000 of its test split."""
     hub = {"path": "stanfordnlp/imdb", "revision": "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"}
     hub_split = "test" if split == "test" else "train"
-    source = hub_or_folder(hub_split, data, **hub)
-    rows = load_rows(task, hub_split, source, {"text": "string", "label": "int"}).shuffle(seed=42)
+    rows = load_rows(task, hub_split, data, {"text": "string", "label": "int"}, **hub).shuffle(seed=42)
     first_val = int(0.8 * len(rows))
     part = {"train": range(first_val), "val": range(first_val, len(rows)), "test": range(min(5000, len(rows)))}[split]
     return rows.select(part)
@@ -430,15 +411,11 @@ def load_commongen(split, data=None, prefix: str = "generate a sentence with: ")
     meta: concepts. The hub's test split hides the sentences; its references are "empty reference".
     """
     columns = {"concept_set_idx": "int", "concepts": "list", "target": "string"}
-    rows = load_rows("commongen", split, hub_or_folder(split, data, path="allenai/common_gen"), columns)
-    rows_of_set = {}
-    for i, concept_set in enumerate(rows["concept_set_idx"][:]):
-        rows_of_set.setdefault(i if split == "train" else concept_set, []).append(i)
-    groups = list(rows_of_set.values())
+    rows = load_rows("commongen", split, data, columns, path="allenai/common_gen")
+    groups = grouped(range(len(rows)) if split == "train" else rows["concept_set_idx"][:])
 
     def make(row, n):
-        targets = [row["target"]] if len(groups[n]) == 1 else rows[groups[n]]["target"]
-        references = [target or "empty reference" for target in targets]
+        references = [target or "empty reference" for target in rows[groups[n]]["target"]]
         concepts = row["concepts"]
         return Sample(f"{split}_{n}", prefix + " ".join(concepts) + ".", references, {"concepts": concepts})
 
@@ -452,8 +429,7 @@ def load_cnn_dm(
     """A news article to its highlights (CNN / Daily Mail). truncate_article: only that many words of the article."""
     check_positive(truncate_article=truncate_article)
     hub = {"path": "abisee/cnn_dailymail", "name": "3.0.0", "revision": "96df5e686bee6baa90b8bee7c28b81fa3fa6223d"}
-    columns = {"article": "string", "highlights": "string"}
-    rows = load_rows("cnn_dm", split, hub_or_folder(split, data, **hub), columns, max_size)
+    rows = load_rows("cnn_dm", split, data, {"article": "string", "highlights": "string"}, max_size, **hub)
 
     def make(row, n):
         article = row["article"] if truncate_article is None else " ".join(row["article"].split()[:truncate_article])
@@ -464,8 +440,8 @@ def load_cnn_dm(
 
 def load_xsum(split, data=None, suffix: str = "TL;DR:", max_size: int | None = None) -> Split:
     """A BBC article to one sentence (XSum)."""
-    source = hub_or_folder(split, data, path="EdinburghNLP/xsum", revision=CONVERTED, data_dir="default")
-    rows = load_rows("xsum", split, source, {"document": "string", "summary": "string"}, max_size)
+    hub = {"path": "EdinburghNLP/xsum", "revision": CONVERTED, "data_dir": "default"}
+    rows = load_rows("xsum", split, data, {"document": "string", "summary": "string"}, max_size, **hub)
     return Split(rows, lambda row, n: Sample(f"{split}_{n}", row["document"] + suffix, [row["summary"]], {}))
 
 
@@ -513,7 +489,7 @@ def load_totto(split, data=None, representation: str = "subtable", max_size: int
     """
     if representation not in ("subtable", "fulltable"):
         raise UsageError(f"representation must be subtable or fulltable, not {representation!r}")
-    source = hub_or_folder(split, data, path="google-research-datasets/totto", revision=CONVERTED, data_dir="default")
+    hub = {"path": "google-research-datasets/totto", "revision": CONVERTED, "data_dir": "default"}
     texts = ("table_page_title", "table_section_title", "table_section_text", "overlap_subset")
     stages = ("original_sentence", "sentence_after_deletion", "sentence_after_ambiguity", "final_sentence")
     columns = {"table": "list", "highlighted_cells": "list", **dict.fromkeys(texts, "string")}
@@ -521,16 +497,15 @@ def load_totto(split, data=None, representation: str = "subtable", max_size: int
 
     def make(row, n):
         table = linearize_table(row["table"], row["highlighted_cells"], whole=representation == "fulltable")
-        titles = [
-            tagged(tag, row[f"table_{tag}"]) + " " for tag in ("page_title", "section_title") if row[f"table_{tag}"]
-        ]
+        titles = {tag: row[f"table_{tag}"] for tag in ("page_title", "section_title")}
+        between = "".join(f"{tagged(tag, title)} " for tag, title in titles.items() if title)
         references = [""] if split == "test" else row["sentence_annotations.final_sentence"]
         by_stage = [row.pop(f"sentence_annotations.{stage}") for stage in stages]
         annotations = [dict(zip(stages, texts, strict=True)) for texts in zip(*by_stage, strict=True)]
         raw = {**row, "overlap_subset": row["overlap_subset"] == "True", "sentence_annotations": annotations}
-        return Sample(f"{split}_{n}", table + "".join(titles) + table, references, {"raw_table": raw})
+        return Sample(f"{split}_{n}", table + between + table, references, {"raw_table": raw})
 
-    return Split(load_rows("totto", split, source, columns, max_size), make)
+    return Split(load_rows("totto", split, data, columns, max_size, **hub), make)
 
 
 # ---- Questions about stories -----------------------------------------------------------------------------------------
@@ -550,49 +525,35 @@ def load_narrative_qa(split, data=None) -> Split:
     name, checksum = NARRATIVE_QA[split]
     url = f"https://storage.googleapis.com/unifiedqa/data/narrativeqa/{name}"
     file = download("narrative_qa", url, checksum) if data is None else split_file(data, split, (".tsv",))
-    source = {
-        "path": "csv",
-        "data_files": {split: str(file)},
-        "split": split,
-        "sep": "\t",
-        "column_names": ["prompt", "answer"],
-        "features": datasets.Features({"prompt": datasets.Value("string"), "answer": datasets.Value("string")}),
-        "keep_default_na": False,  # "none" and "null" are answers
-        "quoting": csv.QUOTE_NONE,  # written without quoting: a quotation mark is a quotation mark
-    }
-    rows = load_rows("narrative_qa", split, source, {"prompt": "string", "answer": "string"})
+    rows = open_rows(
+        f"narrative_qa: {file}", path="csv", data_files={split: str(file)}, split=split,
+        sep="\t", column_names=["prompt", "answer"],
+        features=datasets.Features({"prompt": datasets.Value("string"), "answer": datasets.Value("string")}),
+        keep_default_na=False,  # "none" and "null" are answers
+        quoting=csv.QUOTE_NONE,  # written without quoting: a quotation mark is a quotation mark
+    )  # fmt: skip
     if not any(rows["answer"]):
         raise UsageError(f"narrative_qa: {file} has no answers: a line must be question and context, a tab, an answer")
-    rows_of_prompt = {}  # by its digest: the prompts, stories with them, stay on disk
-    for i, prompt in enumerate(rows.data.column("prompt")):
-        digest = hashlib.sha256(prompt.as_py().lower().encode()).digest()
-        rows_of_prompt.setdefault(digest, []).append(i)
-    groups = list(rows_of_prompt.values())
+    prompts = (prompt.as_py().lower().encode() for prompt in rows.data.column("prompt"))
+    groups = grouped(hashlib.sha256(prompt).digest() for prompt in prompts)  # the stories stay on disk
 
     def make(row, n):
-        answers = [row["answer"]] if len(groups[n]) == 1 else rows[groups[n]]["answer"]
-        return Sample(f"{split}_{n}", row["prompt"].lower(), [answer.lower().strip() for answer in answers], {})
+        answers = [answer.lower().strip() for answer in rows[groups[n]]["answer"]]
+        return Sample(f"{split}_{n}", row["prompt"].lower(), answers, {})
 
     return Split(rows, make, [group[0] for group in groups])
 
 
 # ---- Translation -----------------------------------------------------------------------------------------------------
-LANGUAGES = {"en": "English", "cs": "Czech", "de": "German", "fi": "Finnish", "ro": "Romanian", "ru": "Russian"}
-LANGUAGES["tr"] = "Turkish"
+LANGUAGES = dict(cs="Czech", de="German", en="English", fi="Finnish", ro="Romanian", ru="Russian", tr="Turkish")
 
 
-def translations(
-    task: str, split: str, source: dict, source_language: str, target_language: str, max_size: int | None
-) -> Split:
-    """Samples of a dataset with the column translation, {language: text}."""
-    columns = {f"translation.{language}": "string" for language in (source_language, target_language)}
-    prefix = f"translate {LANGUAGES[source_language]} to {LANGUAGES[target_language]}: "
-
-    def make(row, n):
-        prompt = prefix + row[f"translation.{source_language}"]
-        return Sample(f"{split}_{n}", prompt, [row[f"translation.{target_language}"]], {})
-
-    return Split(load_rows(task, split, source, columns, max_size), make)
+def translations(task: str, split: str, data, max_size: int | None, languages=("en", "de"), **hub) -> Split:
+    """Samples of a dataset with the column translation, {language: text}. languages: source and target."""
+    source, target = (f"translation.{language}" for language in languages)
+    prefix = "translate {} to {}: ".format(*(LANGUAGES[language] for language in languages))
+    rows = load_rows(task, split, data, {source: "string", target: "string"}, max_size, **hub)
+    return Split(rows, lambda row, n: Sample(f"{split}_{n}", prefix + row[source], [row[target]], {}))
 
 
 def load_wmt16(
@@ -603,28 +564,26 @@ def load_wmt16(
     if "en" not in pair or len(pair) != 2 or not pair <= LANGUAGES.keys():
         others = ", ".join(LANGUAGES.keys() - {"en"})
         raise UsageError(f"wmt16 has en with one of {others}, not {source_language!r} to {target_language!r}")
-    other = (pair - {"en"}).pop()
-    source = hub_or_folder(split, data, path="wmt/wmt16", name=f"{other}-en")
-    return translations("wmt16", split, source, source_language, target_language, max_size)
+    hub = {"path": "wmt/wmt16", "name": f"{(pair - {'en'}).pop()}-en"}
+    return translations("wmt16", split, data, max_size, (source_language, target_language), **hub)
 
 
 def load_wmt14_en_de(split, data=None, max_size: int | None = None) -> Split:
     """English to German (WMT 2014), as cleaned by fairseq's script."""
-    source = hub_or_folder(split, data, path="stas/wmt14-en-de-pre-processed", revision=CONVERTED, data_dir="ende")
-    return translations("wmt14_en_de", split, source, "en", "de", max_size)
+    hub = {"path": "stas/wmt14-en-de-pre-processed", "revision": CONVERTED, "data_dir": "ende"}
+    return translations("wmt14_en_de", split, data, max_size, **hub)
 
 
 def load_wmt16_news(split, data=None, max_size: int | None = None) -> Split:
     """English to German: News Commentary to train on, WMT 2016 for val and test."""
     path = "Helsinki-NLP/news_commentary" if split == "train" else "wmt/wmt16"
-    source = hub_or_folder(split, data, path=path, name="de-en")
-    return translations("wmt16_news", split, source, "en", "de", max_size)
+    return translations("wmt16_news", split, data, max_size, path=path, name="de-en")
 
 
 def load_iwslt2017(split, data=None, max_size: int | None = None) -> Split:
     """TED talks, English to German (IWSLT 2017)."""
     hub = {"path": "IWSLT/iwslt2017", "revision": CONVERTED, "data_dir": "iwslt2017-de-en"}
-    return translations("iwslt2017", split, hub_or_folder(split, data, **hub), "en", "de", max_size)
+    return translations("iwslt2017", split, data, max_size, **hub)
 
 
 # ---- Dialogue --------------------------------------------------------------------------------------------------------
@@ -643,35 +602,31 @@ def load_crd3(split, data=None, max_context: int = 5) -> Split:
         root = zipfile.Path(archive) / f"CRD3-{CRD3_COMMIT}" / "data"
     else:
         root = Path(data) / "data" if (Path(data) / "data").is_dir() else Path(data)
-    games = root / "aligned data" / f"{split}_files"
-    if not games.is_file():
-        raise UsageError(f"{data}: the split {split!r} is missing, no file 'aligned data/{games.name}'")
-    said = {"name": [], "text": []}
-    samples = []  # of each: the number of its game, the game's first row, its own row
-    for g, game in enumerate(games.read_text(encoding="utf-8").split()):
-        file = root / "cleaned data" / f"{game}.json"
-        if not file.is_file():
-            raise UsageError(f"{data}: {games.name} names the game {game}, and there is no 'cleaned data/{file.name}'")
-        first = len(said["name"])
-        try:
+    file, games = root / "aligned data" / f"{split}_files", []
+    try:
+        for number, game in enumerate(file.read_text(encoding="utf-8").split()):
+            file = root / "cleaned data" / f"{game}.json"
             turns = json.loads(file.read_text(encoding="utf-8"))["TURNS"]
-            said["name"] += [turn["NAMES"][0] for turn in turns]
-            said["text"] += [" ".join(turn["UTTERANCES"]) for turn in turns]
-            "".join(said["name"][first:] + said["text"][first:]).encode()  # fails at half a character
-        except (ValueError, LookupError, TypeError) as error:
-            raise UsageError(f"{file} has no TURNS with NAMES and UTTERANCES ({error!r})") from None
-        samples += [(g, first, row) for row in range(first + 2, len(said["name"]))]
-    if not samples:
-        raise UsageError(f"{data}: the split {split!r} is empty")
-    turns, samples = datasets.Dataset.from_dict(said), np.array(samples)
+            names = [turn["NAMES"][0] for turn in turns]
+            texts = [" ".join(turn["UTTERANCES"]) for turn in turns]
+            said = {"game": [number] * len(turns), "turn": range(len(turns)), "name": names, "text": texts}
+            games.append(datasets.Dataset.from_dict(said))  # fails at half a character
+        rows = datasets.concatenate_datasets(games)
+    except OSError as error:
+        raise UsageError(f"crd3: --data {root}: the split {split!r} is missing ({error})") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{file} has no TURNS with NAMES and UTTERANCES ({error!r})") from None
+    row_of = np.flatnonzero(np.array(rows["turn"][:]) >= 2)
+    if len(row_of) == 0:
+        raise UsageError(f"crd3: {root}: the split {split!r} is empty")
 
     def make(row, n):
-        g, first, here = map(int, samples[n])
-        before = turns[max(first, here - max_context) : here]
+        here, turn = int(row_of[n]), row["turn"]
+        before = rows[here - min(turn, max_context) : here]
         context = "\n".join(f"{name}: {text}" for name, text in zip(before["name"], before["text"], strict=True))
-        return Sample(f"{split}_ep_{g}_turn_{here - first}", f"{context}\n{row['name']}: ", [row["text"]], {})
+        return Sample(f"{split}_ep_{row['game']}_turn_{turn}", f"{context}\n{row['name']}: ", [row["text"]], {})
 
-    return Split(turns, make, samples[:, 2])
+    return Split(rows, make, row_of)
 
 
 def load_daily_dialog(split, data=None, context_size: int = 5) -> Split:
@@ -683,13 +638,13 @@ def load_daily_dialog(split, data=None, context_size: int = 5) -> Split:
     check_positive(context_size=context_size)
     hub = {"path": "li2017dailydialog/daily_dialog", "revision": CONVERTED, "data_dir": "default"}
     columns = {"dialog": "list", "act": "list", "emotion": "list"}
-    rows = load_rows("daily_dialog", split, hub_or_folder(split, data, **hub), columns)
-    lengths = [pyarrow.compute.list_value_length(rows.data.column(column)).to_numpy() for column in columns]
-    uneven = np.flatnonzero((lengths[0] != lengths[1]) | (lengths[0] != lengths[2]))
+    rows = load_rows("daily_dialog", split, data, columns, **hub)
+    lengths, *others = (pyarrow.compute.list_value_length(rows.data.column(name)).to_numpy() for name in columns)
+    uneven = np.flatnonzero((lengths != others).any(0))
     if len(uneven):
         raise UsageError(f"daily_dialog: row {uneven[0] + 1} of {split} has not one act and one emotion per utterance")
-    row_of = np.repeat(np.arange(len(rows)), lengths[0])
-    turn_of = np.arange(len(row_of)) - np.repeat(np.cumsum(lengths[0]) - lengths[0], lengths[0])
+    row_of = np.repeat(np.arange(len(rows)), lengths)
+    turn_of = np.concatenate([np.arange(length) for length in lengths])
     said = np.flatnonzero(turn_of >= context_size)  # of each sample: its number among all utterances of the split
 
     def make(row, n):
@@ -777,11 +732,8 @@ def checked_rows(file: str, **columns):
             texts = {"id", "references", *columns.values()}
             row = {key: cell if key in texts else from_text(cell) for key, cell in row.items()}
         text = json.dumps(row, ensure_ascii=False)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(text[error.start]):04x}"
-            raise UsageError(f"{file}, {place}: {half} is half a character (a lone surrogate), no text") from None
+        if half := re.search(r"[\ud800-\udfff]", text):
+            raise UsageError(f"{file}, {place}: \\u{ord(half[0]):04x} is half a character (a lone surrogate), no text")
         yield {"place": place, "json": text}
     if place is None:
         raise UsageError(f"{file} has no rows")
@@ -809,9 +761,7 @@ def open_own(path: str, split: str, parts: dict[str, str | None], hub: dict, col
                 "load": datasets.Dataset.from_generator,
                 "generator": checked_rows,
                 "gen_kwargs": {"file": str(file), **columns},
-                "features": datasets.Features({"place": datasets.Value("string"), "json": datasets.Value("string")}),
                 "fingerprint": hashlib.sha256(repr(state).encode()).hexdigest()[:32],  # read once, kept in the cache
-                "cache_dir": str(datasets.config.HF_DATASETS_CACHE),
             }
         return open_rows(str(file), **source), str(file), file != place
     if isinstance(rows, datasets.Dataset):
@@ -879,15 +829,13 @@ def prompt_order(positions, num_samples: int, seed: int) -> list[int]:
 
 def prompt_text(tokenizer, prompt: str | list[dict]) -> str:
     """The text of a prompt; messages go through the tokenizer's chat template, up to where the answer begins."""
-    if isinstance(prompt, str):
-        return prompt
-    if tokenizer.chat_template is None:
-        raise UsageError("the prompts are messages, and the model's tokenizer has no chat template; take a chat model")
-    return chat_text(tokenizer, prompt, add_generation_prompt=True)
+    return prompt if isinstance(prompt, str) else chat_text(tokenizer, prompt, add_generation_prompt=True)
 
 
 def chat_text(tokenizer, messages: list[dict], **options) -> str:
-    """The messages as the tokenizer's chat template writes them; UsageError if it does not take them."""
+    """The messages as the tokenizer's chat template writes them; UsageError if there is none or it refuses them."""
+    if tokenizer.chat_template is None:
+        raise UsageError("the prompts are messages, and the model's tokenizer has no chat template; take a chat model")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except jinja2.TemplateError as error:
@@ -909,11 +857,8 @@ def encode_prompts(tokenizer, prompts, max_length: int, truncation_side: str, se
     )
     rows = []
     for prompt, ids, added in zip(prompts, encoded.input_ids, encoded.special_tokens_mask, strict=True):
-        if 0 in added:
-            start, end = added.index(0), len(added) - added[::-1].index(0)
-            before, text, behind = ids[:start], ids[start:end], ids[end:] if seq2seq else []
-        else:
-            before, text, behind = [], [], ids if seq2seq else []
+        start, end = (added.index(0), len(added) - added[::-1].index(0)) if 0 in added else (0, 0)
+        before, text, behind = ids[:start], ids[start:end], ids[end:] if seq2seq else []
         if text[: len(before)] == before:
             text = text[len(before) :]
         room = max(0, max_length - len(before) - len(behind))
@@ -994,7 +939,7 @@ def model_config(name: str):
         offline_if_unreachable()
     if Path(name, "adapter_config.json").exists():
         raise UsageError(f"--model {name}: an adapter; merge it into its model first (peft: merge_and_unload)")
-    for file in Path(name).glob("*") if Path(name).is_dir() else ():
+    for file in Path(name).glob("*"):
         if file.is_file() and open(file, "rb").read(24) == b"version https://git-lfs.":
             raise UsageError(f"--model {name}: {file.name} is a pointer of Git LFS, not the file; git lfs pull gets it")
     try:
@@ -1045,7 +990,8 @@ def load_tokenizer(name: str, languages: tuple[str, str] | None = None):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise UsageError(f"--model {name}: its tokenizer cannot be loaded: {error}") from None
-    if Path(name).is_dir() and not any(Path(name, file).exists() for file in TOKENIZER_FILES):
+    files = [file for pattern in ("tokenizer*", "vocab*", "*.model") for file in Path(name).glob(pattern)]
+    if Path(name).is_dir() and not files:  # transformers makes up an empty one
         raise UsageError(f"--model {name}: has no tokenizer; save_pretrained that of the model there too")
     if languages:
         for language in languages:
@@ -1285,8 +1231,6 @@ def load_task(name: str, split: str, data: str | None = None, **kwargs) -> Split
 
 def load_splits(name: str, data: str | None, typed: dict[str, str], chat: bool = False) -> tuple[Split, Split, Split]:
     """train, val and test of a task. typed: --task-kwargs as typed; chat: texts as prompts become a user's message."""
-    if data is not None and not Path(data).is_dir():
-        raise UsageError(f"--data {data}: no such folder")
     kwargs = parse_kwargs(typed, [name], {})[name]
     options = task_options(get_task(name).load)
     for key, text in typed.items():

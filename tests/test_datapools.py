@@ -809,7 +809,8 @@ def test_the_hub_is_asked_for(task, split, asked, monkeypatch, online):
         return rows.cast(features).with_format(None)
 
     of_hub = "train" if task.startswith("imdb") and split == "val" else split
-    local = datapools.hub_or_folder(of_hub, folder(task))
+    file = datapools.split_file(folder(task), of_hub, (".jsonl",))
+    local = {"path": "json", "data_files": {of_hub: str(file)}, "split": of_hub}
     monkeypatch.setattr(datapools, "answers", lambda url: True)
     monkeypatch.setattr(datasets, "load_dataset", hub)
     assert load_task(task, split) == expected
@@ -845,7 +846,7 @@ def test_a_hub_that_never_answers_is_given_up_within_ten_seconds(online, monkeyp
 
 def test_a_name_that_takes_long_to_resolve_is_given_up_as_well(monkeypatch):
     monkeypatch.setattr(datapools, "ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr(datapools.urllib.request, "urlopen", lambda *args, **kwargs: time.sleep(2) or io.BytesIO())
+    monkeypatch.setattr(datapools.httpx, "head", lambda *args, **kwargs: time.sleep(2))
     start = time.monotonic()
     assert not datapools.answers("http://slow.example")
     assert time.monotonic() - start < 1
