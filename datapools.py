@@ -527,7 +527,7 @@ def load_narrative_qa(split, data=None) -> Split:
     file = download("narrative_qa", url, checksum) if data is None else split_file(data, split, (".tsv",))
     rows = open_rows(
         f"narrative_qa: {file}", path="csv", data_files={split: str(file)}, split=split,
-        sep="\t", column_names=["prompt", "answer"],
+        sep="\t", column_names=["prompt", "answer"], index_col=False,  # else the first of three cells would be one
         features=datasets.Features({"prompt": datasets.Value("string"), "answer": datasets.Value("string")}),
         keep_default_na=False,  # "none" and "null" are answers
         quoting=csv.QUOTE_NONE,  # written without quoting: a quotation mark is a quotation mark
@@ -562,7 +562,7 @@ def load_wmt16(
     """News from English into one of six other languages, or from it into English (WMT 2016)."""
     pair = {source_language, target_language}
     if "en" not in pair or len(pair) != 2 or not pair <= LANGUAGES.keys():
-        others = ", ".join(LANGUAGES.keys() - {"en"})
+        others = ", ".join(sorted(LANGUAGES.keys() - {"en"}))
         raise UsageError(f"wmt16 has en with one of {others}, not {source_language!r} to {target_language!r}")
     hub = {"path": "wmt/wmt16", "name": f"{(pair - {'en'}).pop()}-en"}
     return translations("wmt16", split, data, max_size, (source_language, target_language), **hub)

@@ -295,6 +295,13 @@ def test_narrative_qa_groups_rows_that_lie_apart(tmp_path):
     ]
 
 
+def test_narrative_qa_reads_the_first_two_cells(tmp_path):
+    (tmp_path / "train.tsv").write_text("Who? A story\tBob\tthird\nWhere? A story\there\tthird\n")
+    with pytest.warns(match="loss of data"):
+        samples = list(load_task("narrative_qa", "train", data=str(tmp_path)))
+    assert [(s.prompt, s.references) for s in samples] == [("who? a story", ["bob"]), ("where? a story", ["here"])]
+
+
 @pytest.mark.parametrize(
     "task, city", [("wmt16", "Bremen"), ("wmt14_en_de", "Jena"), ("wmt16_news", "Essen"), ("iwslt2017", "Lindau")]
 )
