@@ -70,20 +70,18 @@ from rewards import is_best, make_metrics, make_rewards, measure, score_texts
 # per iteration over the response length, and the learning rate is its own times sqrt(tokens per minibatch / 64), since
 # its minibatches are 64 tokens (the rule for Adam of Malladi et al. 2022, https://arxiv.org/abs/2205.10287). `numbers`
 # and `dates` are set for the small model of supervised.py, with a wider mask than RL4LMs' 0.9: what it hides is never
-# sampled and so never corrected, and evaluation, which has no mask, draws it.
-TASK_COLUMNS = (
-    "batch_size num_minibatches update_epochs num_iterations learning_rate kl_coef target_kl "
-    "top_mask target_update_iterations min_tokens_to_keep"
-).split()
+# sampled and so never corrected, and evaluation, which has no mask, draws it. Where a row ends early, Args goes on.
+TASK_COLUMNS = "batch_size num_minibatches update_epochs num_iterations learning_rate kl_coef target_kl".split()
+TASK_COLUMNS += "target_update_iterations top_mask min_tokens_to_keep".split()
 TASK_DEFAULTS = {
-    "numbers dates":                          (64, 4, 2, 80, 5e-4, 0.01, 2.0, 0.95, 5, 20),
-    "imdb imdb_seq2seq":                      (32, 4, 5, 50, 2.5e-6, 0.1, 0.1, 0.9, 5, 100),
-    "commongen":                              (128, 16, 5, 200, 3e-6, 0.001, 2.0, 0.9, 20, 100),
-    "cnn_dm xsum":                            (48, 6, 5, 100, 7e-6, 0.001, 0.2, 0.9, 20, 100),
-    "totto":                                  (48, 6, 5, 100, 5e-6, 0.001, 2.0, 0.9, 20, 100),
-    "narrative_qa":                           (48, 6, 5, 100, 5e-6, 0.001, 1.0, 0.9, 20, 100),
-    "wmt16 wmt14_en_de wmt16_news iwslt2017": (40, 5, 5, 50, 4e-6, 0.001, 0.2, 0.5, 20, 100),
-    "crd3 daily_dialog":                      (64, 8, 5, 50, 2e-6, 0.2, 0.5, 0.9, 20, 100),
+    "numbers dates":                          (64, 4, 2, 80, 5e-4, 0.01, 2.0, 5, 0.95, 20),
+    "imdb imdb_seq2seq":                      (32, 4, 5, 50, 2.5e-6, 0.1, 0.1, 5),
+    "commongen":                              (128, 16, 5, 200, 3e-6, 0.001, 2.0),
+    "cnn_dm xsum":                            (48, 6, 5, 100, 7e-6, 0.001, 0.2),
+    "totto":                                  (48, 6, 5, 100, 5e-6, 0.001, 2.0),
+    "narrative_qa":                           (48, 6, 5, 100, 5e-6, 0.001, 1.0),
+    "wmt16 wmt14_en_de wmt16_news iwslt2017": (40, 5, 5, 50, 4e-6, 0.001, 0.2, 20, 0.5),
+    "crd3 daily_dialog":                      (64, 8, 5, 50, 2e-6, 0.2, 0.5),
 }  # fmt: skip
 Fraction = Annotated[float, Field(ge=0, le=1)]
 UPDATE_FIGURES = ("losses/policy", "losses/value", "losses/approx_kl", "losses/clipfrac", "losses/ratio")
@@ -199,7 +197,7 @@ def main():
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
     mask_model = policy if args.mask_type == "top_k" else copy.deepcopy(reference)
     masking = dict(mask_type=args.mask_type, top_mask=args.top_mask, min_tokens_to_keep=args.min_tokens_to_keep)
-    masking |= dict(special_ids=tokenizer.all_special_ids)
+    masking |= dict(special_ids=tokenizer.all_special_ids, mask_model=mask_model)
     iteration = checkpoint.get("iteration", 0)
     kl_coef = checkpoint.get("kl_coef", {}).get(args.kl_coef, args.kl_coef)  # a changed --kl-coef begins anew
     if checkpoint:
@@ -239,24 +237,18 @@ def main():
         # lists of ids; the same padded, (B, Q); True where they are
         prompt_ids, queries, query_mask = datapools.encode_batch(tokenizer, samples, args, pad_id, device, False)
         uniform = uniforms(args.seed, iteration, own, T).to(device)  # (B, T)
-        restriction = dict(mask_model=mask_model, masking=masking)
         with torch.autocast(**autocast):
             parts = [
-                sample_responses(
-                    policy, queries[rows], query_mask[rows], uniform[rows], behaviour, pad_id, **restriction
-                )
+                sample_responses(policy, queries[rows], query_mask[rows], uniform[rows], behaviour, pad_id, **masking)
                 for rows in torch.arange(B).split(args.sample_batch_size)
             ]
-        # (B, T) each; action_masks (B, T, V) as bits
-        responses, mask, sampler_logprobs, kept_mass, kept_tokens, action_masks = map(
-            torch.cat, zip(*parts, strict=True)
-        )
+        responses, mask, sampler_logprobs, *kept = map(torch.cat, zip(*parts, strict=True))  # mask: EOS included
+        kept_mass, kept_tokens, action_masks = kept  # (B, T, V) as bits; all others (B, T)
         token_ids = datapools.until_eos(responses, eos)  # the same as lists, without padding
         generations = datapools.decode_responses(tokenizer, prompt_ids, token_ids, seq2seq=False)
         finished = (torch.isin(responses, eos) & mask).any(1)  # (B,)
         batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
-        if args.ratio == "masked":
-            batch["action_masks"] = action_masks
+        batch |= dict(action_masks=action_masks) if args.ratio == "masked" else {}
         sample_ended = seconds(device)
 
         # 2. score the texts, while a thread makes the passes of step 3
@@ -430,7 +422,7 @@ def make_action_mask(logits, mask_type, top_mask, min_tokens_to_keep, special_id
         falling = rising.flip(-1)
         # a token is kept while those likelier than it do not reach top_mask: of equal ones all are
         last = torch.searchsorted(falling.cumsum(-1), falling.new_full((len(logits), 1), top_mask))  # (B, 1)
-        mask = probs >= falling.gather(1, last.clamp(min=min_tokens_to_keep - 1).clamp(max=logits.shape[-1] - 1))
+        mask = probs >= falling.gather(1, last.clamp(min_tokens_to_keep - 1, logits.shape[-1] - 1))
     mask[:, special_ids] = True
     return mask
 
@@ -588,9 +580,8 @@ def rollout_passes(policy, reference, value_model, batch, behaviour, autocast, a
     for rows, mb in micro_batches(batch, args.micro_batch_size):
         with torch.autocast(**autocast):
             logits = behaviour_logits(response_logits(policy, mb), 0, **behaviour)
-            unmasked, values = token_logprobs(logits, mb.responses), value_model(mb)
-            logits = within_mask(logits, mb)
-            logprobs, entropy = token_logprobs(logits, mb.responses), token_entropy(logits)
+            unmasked, logits = token_logprobs(logits, mb.responses), within_mask(logits, mb)
+            logprobs, entropy, values = token_logprobs(logits, mb.responses), token_entropy(logits), value_model(mb)
             logits = behaviour_logits(response_logits(reference, mb), 0, **behaviour)
             part = torch.stack([logprobs, unmasked, token_logprobs(logits, mb.responses), entropy, values])
         figures[:, rows, : part.shape[2]] = part.masked_fill(~mb.mask, 0.0)
@@ -616,9 +607,7 @@ def draw(logits, uniform):
 
 
 @torch.no_grad()
-def sample_responses(
-    policy, queries, query_mask, uniform, behaviour, pad_id, warpers=(), mask_model=None, masking=None
-):
+def sample_responses(policy, queries, query_mask, uniform, behaviour, pad_id, warpers=(), mask_model=None, **masking):
     """Samples with a KV cache, one forward pass per token, until every row has ended; uniform (B, T) fixes the draws.
 
     Returns responses, padded behind EOS; mask; and sampler_logprobs of the drawn tokens: (B, T) each, 0 on padding.
@@ -809,6 +798,7 @@ def check_args(args):
     processes, folder = int(os.environ.get("WORLD_SIZE", 1)), Path(args.run_dir or "")
     whole, given = args.num_minibatches * processes, args.run_dir is not None
     begun = folder.is_dir() and any(file.name not in ("config.json", ".lock") for file in folder.iterdir())
+    probability = args.mask_type == "learned_top_p"
     wrong = [
         (args.batch_size % whole, f"--batch-size {args.batch_size}: must be a multiple of --num-minibatches "
             f"{args.num_minibatches} times {processes} processes = {whole}"),
@@ -822,9 +812,6 @@ def check_args(args):
         (args.resume and not given, "--resume: say which run by --run-dir"),
         (given and folder.exists() and not folder.is_dir(), f"--run-dir {folder}: not a folder"),
         (given and not args.resume and begun, f"--run-dir {folder}: exists; go on by --resume, or name another"),
-    ]  # fmt: skip
-    probability = args.mask_type == "learned_top_p"
-    wrong += [
         (probability and args.top_mask > 1, f"--top-mask {args.top_mask}: with learned_top_p a probability, at most 1"),
         (not probability and args.top_mask != max(int(args.top_mask), 1), f"--top-mask {args.top_mask}: with "
             f"--mask-type {args.mask_type} a whole number of tokens"),

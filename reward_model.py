@@ -54,7 +54,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 import datapools
-from datapools import LOADING_ERRORS, UsageError
+from datapools import UsageError
 from rewards import as_text, encode_texts, increasing_numbers, judged_text, max_tokens
 
 # `numbers` are pairs of synthetic texts for the small model of supervised.py; else, one pass at 1e-5 (InstructGPT).
@@ -114,7 +114,9 @@ def main():
     for sample in [*train[:1000], *val[:1000], *test[:1000]]:
         texts_of(sample, labels, tokenizer, args.separator)
     model = Scorer(args, tokenizer, labels)
-    set_lengths(tokenizer, model.backbone.config, args.max_length)
+    # the tokenizer cuts and pads as the rewards will, by what model/ tells them
+    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
+    tokenizer.model_max_length = min(max_tokens(tokenizer, model.backbone.config), args.max_length)
     start_weights = checksum(model)
     if record.get("start_weights", start_weights) != start_weights:
         raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
@@ -125,9 +127,9 @@ def main():
     checkpoint = load_checkpoint(run_dir, rank) if args.resume else {}
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
-    num_iterations, iteration = args.num_epochs * math.ceil(len(train) / args.batch_size), 0
+    num_iterations = args.num_epochs * math.ceil(len(train) / args.batch_size)
+    iteration = checkpoint.get("iteration", 0)
     if checkpoint:
-        iteration = checkpoint["iteration"]
         model.load_state_dict(checkpoint["model"])
     prepare_model(model, device, args.fsdp, args.gradient_checkpointing)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate, fused=True)
@@ -278,12 +280,6 @@ def label_ids(samples, labels, device):
     return torch.tensor([labels.index(sample.meta["label"]) for sample in samples], device=device)
 
 
-def set_lengths(tokenizer, config, max_length):
-    """Lets the tokenizer cut and pad as the rewards will, by what model/ tells them."""
-    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
-    tokenizer.model_max_length = min(max_tokens(tokenizer, config), max_length)
-
-
 def encode(tokenizer, texts, pairs, device):
     """Named tensors (n, L) of the texts: of pairs, all that are chosen first; a chat template has special tokens."""
     special = not pairs or tokenizer.chat_template is None
@@ -306,7 +302,7 @@ class Scorer(nn.Module):
             self.backbone, info = AutoModelForSequenceClassification.from_pretrained(
                 args.model, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-        except LOADING_ERRORS as error:
+        except datapools.LOADING_ERRORS as error:
             raise UsageError(f"--model {args.model}: cannot be loaded as a classifier: {error!r:.300}") from None
         inside = f"{self.backbone.base_model_prefix}."  # heads and poolers are new; the layers are not
         missing = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
@@ -337,19 +333,16 @@ def score_split(model, tokenizer, labels, samples, args, autocast, device):
     """The logits of all samples, a list for each of its texts, of which each process computes its share."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rounds = math.ceil(len(samples) / world_size)  # equal for all: the last may come to a sample that another has too
-    own, scores = torch.tensor([(rank + world_size * i) % len(samples) for i in range(rounds)]), {}
+    own, scores = torch.arange(rank, rounds * world_size, world_size) % len(samples), []
     for indices in own.split(args.micro_batch_size):
-        indices = indices.tolist()
         texts = [texts_of(sample, labels, tokenizer, args.separator) for sample in samples.take(indices)]
         with torch.autocast(**autocast):
             logits = model(encode(tokenizer, texts, labels is None, device))
-        parts = logits.view(-1, len(indices), logits.shape[-1]).transpose(0, 1)  # (b, texts, labels)
-        scores |= dict(zip(indices, parts.cpu(), strict=True))
-    parts = [scores]
+        scores.extend(logits.view(-1, len(indices), logits.shape[-1]).transpose(0, 1).cpu())  # of (texts, labels)
+    parts = [scores] * world_size
     if dist.is_initialized():
-        parts = [None] * world_size
         dist.all_gather_object(parts, scores)
-    return torch.stack([next(part[i] for part in parts if i in part) for i in range(len(samples))])
+    return torch.stack([score for turn in zip(*parts, strict=True) for score in turn][: len(samples)])
 
 
 def evaluate_scores(split, samples, iteration, model, tokenizer, labels, args, autocast, device, run_dir):

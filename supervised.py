@@ -148,10 +148,11 @@ def main():
         make_scratch_model(args, train, folder.name)
         start = replace(args, model=folder.name)
     config = datapools.language_model_config(start)
-    args.policy_type = "seq2seq" if config.is_encoder_decoder else "causal"
+    seq2seq = config.is_encoder_decoder
+    args.policy_type = "seq2seq" if seq2seq else "causal"
     tokenizer = datapools.load_tokenizer(start.model, args.languages)
     lengths = datapools.describe_lengths(tokenizer, train, args.prompt_length, args.response_length)
-    making = dict(tokenizer=tokenizer, device=str(device), separator=" " if config.is_encoder_decoder else "")
+    making = dict(tokenizer=tokenizer, device=str(device), separator=" " if seq2seq else "")
     metrics = make_metrics(args.metrics, args.metric_kwargs, task.metric_kwargs, [*val[:500], *test[:500]], **making)
     decoding = datapools.decoding_options(task, args.decoding)
     policy = load_policy(start, config, tokenizer, decoding)
@@ -168,15 +169,14 @@ def main():
     checkpoint = load_checkpoint(run_dir, rank) if args.resume else {}
     # B sequences of a batch in this process, Q prompt tokens, T response tokens, V vocabulary
     val, test = val[: args.eval_samples or None], test[: args.eval_samples or None]
-    seq2seq, pad_id = config.is_encoder_decoder, policy.generation_config.pad_token_id
-    eos = torch.tensor(policy.generation_config.eos_token_id).to(device)
+    pad_id, eos = policy.generation_config.pad_token_id, torch.tensor(policy.generation_config.eos_token_id).to(device)
     eos_id = eos[0].item() if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # of several, the tokenizer's
     behaviour = dict(temperature=1.0, min_response_length=args.min_response_length, eos=eos)
     behaviour |= dict(forced_bos=policy.generation_config.forced_bos_token_id)
     autocast = dict(device_type=device.type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
-    num_iterations, iteration = args.num_epochs * math.ceil(len(pairs) / args.batch_size), 0
+    num_iterations = args.num_epochs * math.ceil(len(pairs) / args.batch_size)
+    iteration = checkpoint.get("iteration", 0)
     if checkpoint:
-        iteration = checkpoint["iteration"]
         policy.load_state_dict(checkpoint["policy"])
     prepare_model(policy, device, args.fsdp, args.gradient_checkpointing)
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, fused=True)
@@ -203,10 +203,9 @@ def main():
 
         # 1. a batch; this process has the pairs rank, rank + world_size, ... of it
         positions = [(iteration - 1) * args.batch_size + i for i in range(rank, args.batch_size, world_size)]
-        prompts, references = pairs.take(datapools.prompt_order(positions, len(pairs), args.seed))
-        prompt_ids = datapools.encode_prompts(tokenizer, prompts, args.prompt_length, args.truncation_side, seq2seq)
+        samples, references = pairs.take(datapools.prompt_order(positions, len(pairs), args.seed))
+        _, queries, query_mask = datapools.encode_batch(tokenizer, samples, args, pad_id, device, seq2seq)  # (B, Q)
         targets = encode_references(tokenizer, references, args.response_length, seq2seq, eos_id, args.languages)
-        queries, query_mask = datapools.pad(prompt_ids, pad_id, device, left=not seq2seq)  # (B, Q)
         responses, mask = datapools.pad(targets, pad_id, device)  # (B, T)
         batch = dict(queries=queries, query_mask=query_mask, responses=responses, mask=mask)
 
@@ -215,7 +214,7 @@ def main():
         for _, mb in micro_batches(batch, args.micro_batch_size):
             with torch.autocast(**autocast):
                 logits = response_logits(policy, mb).float()  # (b, T, V)
-            loss = masked_nll(logits, mb.responses, mb.mask) / num_tokens
+            loss = -(token_logprobs(logits, mb.responses) * mb.mask).sum() / num_tokens  # not of padding
             loss.backward()
             nll += loss.detach()
         grad_norm = sum_and_clip_gradients(policy, args.max_grad_norm)
@@ -271,13 +270,12 @@ class Pairs:
         return len(self.sample_of)
 
     def take(self, indices):
-        """Prompts and references; of a reference that begins with its prompt (IMDB's) what follows it."""
+        """Samples, and a reference of each; of one that begins with its prompt (IMDB's) what follows it."""
         owners = self.sample_of[indices]
         samples, numbers = self.samples.take(owners), np.asarray(indices) - self.first[owners]
-        prompts = [sample.prompt for sample in samples]
         references = [sample.references[number] for sample, number in zip(samples, numbers, strict=True)]
-        beginnings = [prompt if isinstance(prompt, str) else "" for prompt in prompts]
-        return prompts, [r.removeprefix(beginning) for r, beginning in zip(references, beginnings, strict=True)]
+        beginnings = [sample.prompt if isinstance(sample.prompt, str) else "" for sample in samples]
+        return samples, [r.removeprefix(beginning) for r, beginning in zip(references, beginnings, strict=True)]
 
 
 def encode_references(tokenizer, texts, max_length, seq2seq, eos_id, languages):
@@ -288,11 +286,6 @@ def encode_references(tokenizer, texts, max_length, seq2seq, eos_id, languages):
     rows = tokenizer(text_target=list(texts), add_special_tokens=not plain, verbose=False).input_ids
     rows = [[*before, *(row[:-1] if row and row[-1] == eos_id else row), eos_id] for row in rows]
     return [row[:max_length] for row in rows]
-
-
-def masked_nll(logits, responses, mask):
-    """The sum of -log pi(a_t | s_t) over the response tokens, not over padding: (B, T, V), (B, T), (B, T) -> ()."""
-    return -(token_logprobs(logits, responses) * mask).sum()
 
 
 def make_scratch_model(args, samples, folder):
@@ -336,12 +329,8 @@ def train_tokenizer(samples, vocab_size, ends_with_eos):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    options = dict(special_tokens=["<pad>", "</s>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options)
     tokenizer.train_from_iterator(texts(), trainer)
     if ends_with_eos:  # T5's encoder input ends with EOS
         tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

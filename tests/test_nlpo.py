@@ -111,7 +111,7 @@ def test_sampling_keeps_to_the_mask_and_renormalises(kind, mask_type):
     query_mask = torch.ones_like(queries, dtype=torch.bool)
     uniform = script.uniforms(0, 1, range(40), 6)
     responses, alive, sampled_logprobs, mass, kept, packed = script.sample_responses(
-        policy, queries, query_mask, uniform, behaviour, 0, mask_model=mask_model, masking=masking
+        policy, queries, query_mask, uniform, behaviour, 0, mask_model=mask_model, **masking
     )
     masks = unpack(packed, 43)
     assert torch.equal(alive, torch.cat([torch.zeros(40, 1), (responses == 1).cumsum(1)[:, :-1]], 1) == 0)
@@ -158,7 +158,7 @@ def test_another_masking_policy_masks_otherwise(kind):
         behaviour,
         0,
     )
-    options = dict(mask_model=mask_model, masking=masking)
+    options = dict(mask_model=mask_model, **masking)
     before = script.sample_responses(policy, *arguments, **options)
     again = script.sample_responses(policy, *arguments, **options)
     mask_model.load_state_dict(tiny_model(kind, 3).state_dict())

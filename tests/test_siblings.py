@@ -239,7 +239,10 @@ def help_of(script, monkeypatch, *words):
 def row_of(module, task):
     """The row of the script's table that has this task."""
     (row,) = (row for tasks, row in module.TASK_DEFAULTS.items() if task in tasks.split())
-    return dict(zip(module.TASK_COLUMNS, row, strict=True))
+    columns = module.TASK_COLUMNS  # a row may end before those of the algorithm alone, which stand last
+    least = columns.index("target_kl") + 1 if "target_kl" in columns else len(columns)
+    assert least <= len(row) <= len(columns), task
+    return dict(zip(columns, row, strict=False))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -69,15 +69,16 @@ class Setting:
             autocast=dict(device_type="cpu", dtype=torch.bfloat16, enabled=False), kl_coef=args.kl_coef,
             reward_functions={"own": length_of}, policy=policy, reference=reference, mask_model=mask_model,
             thread=concurrent.futures.ThreadPoolExecutor(1), signals=[],
-            masking=dict(mask_type="learned_top_p", top_mask=TOP_P, min_tokens_to_keep=1, special_ids=[0, 1]),
         )  # fmt: skip
+        masking = dict(mask_type="learned_top_p", top_mask=TOP_P, min_tokens_to_keep=1, special_ids=[0, 1])
+        self.variables |= dict(masking=masking | dict(mask_model=mask_model))
         if hasattr(self.module, "ValueModel"):
             value_model = self.module.ValueModel(policy, None)
             self.spread(value_model.backbone, 0.05)
             torch.nn.init.normal_(value_model.head.weight, 0, 0.3)
             self.variables |= dict(value_model=value_model)
         if hasattr(self.module, "BehaviourPolicy"):
-            actor = self.module.BehaviourPolicy(policy, behaviour)
+            actor = self.module.BehaviourPolicy(policy, behaviour, self.variables["autocast"])
             parameters = {name: p for name, p in actor.named_parameters() if p.requires_grad}
             self.variables |= dict(actor=actor, parameters=parameters)
 

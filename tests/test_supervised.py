@@ -1,6 +1,8 @@
 """supervised.py: what is learned of a reference, what is not, and runs that go on as if nothing had happened."""
 
+import inspect
 import json
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -64,7 +66,9 @@ def test_every_reference_is_a_pair_and_what_repeats_the_prompt_is_left_off(tmp_p
     expected = [(f"p{i}", f" r{i}{j}") for i in range(20) for j in range(i % 3)]
     assert len(pairs) == len(expected)
     order = [5, 0, *range(len(expected))]
-    assert list(zip(*pairs.take(order), strict=True)) == [expected[i] for i in order]
+    samples, references = pairs.take(order)
+    prompts = [sample.prompt for sample in samples]
+    assert list(zip(prompts, references, strict=True)) == [expected[i] for i in order]
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -88,11 +92,14 @@ def test_loss_is_of_the_response_tokens_alone(size):
         alone += F.cross_entropy(logits, torch.tensor(target), reduction="sum")
     for pad_id in (0, 11):
         batch = batch_of(prompts, targets, pad_id, left=True)
-        parts = [
-            supervised.masked_nll(supervised.response_logits(model, mb), mb.responses, mb.mask)
-            for _, mb in supervised.micro_batches(batch, size)
-        ]
-        assert sum(parts).item() == pytest.approx(alone.item(), rel=1e-5)
+        main = inspect.getsource(supervised.main)
+        step = textwrap.dedent(main[main.index("        # 2. ") : main.index("        # 3. ")])  # the script's lines
+        names = vars(supervised) | dict(batch=batch, mask=batch["mask"], policy=model, device=torch.device("cpu"))
+        names |= dict(args=SimpleNamespace(micro_batch_size=size, max_grad_norm=1.0))
+        names |= dict(autocast=dict(device_type="cpu", enabled=False))
+        names |= dict(optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
+        exec(step, names)
+        assert names["nll"].item() * names["num_tokens"] == pytest.approx(alone.item(), rel=1e-5)
 
 
 def test_the_logged_loss_is_the_mean_over_response_tokens(tmp_path):

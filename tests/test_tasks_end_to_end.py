@@ -184,7 +184,7 @@ def test_task(task, tmp_path, classifiers):
         zip(
             module.TASK_COLUMNS,
             next(row for tasks, row in module.TASK_DEFAULTS.items() if task in tasks.split()),
-            strict=True,
+            strict=False,
         )
     )
     expected |= dict(

@@ -62,7 +62,7 @@ def rollout(kind, min_response_length=0, temperature=1.0, **settings):
     value_model = trpo.ValueModel(policy, None)
     torch.nn.init.normal_(value_model.head.weight)
     behaviour = dict(temperature=temperature, min_response_length=min_response_length, eos=torch.tensor([EOS]))
-    actor, generator = trpo.BehaviourPolicy(policy, behaviour), torch.Generator().manual_seed(1)
+    actor, generator = trpo.BehaviourPolicy(policy, behaviour, NO_AUTOCAST), torch.Generator().manual_seed(1)
     lengths, query_lengths = torch.tensor([5, 2, 4, 5, 3, 5]), torch.tensor([4, 1, 3, 2, 4, 2])
     mask = torch.arange(T) < lengths.unsqueeze(1)
     query_mask = torch.arange(Q) < query_lengths.unsqueeze(1)
@@ -116,16 +116,10 @@ def test_fisher_vector_product(kind):
     variables = rollout(kind, min_response_length=2, temperature=0.8)
     fisher, num_tokens = dense_fisher(variables), variables["mask"].sum()
     assert len(fisher) < 900
-    product = functools.partial(
-        trpo.fisher_vector_product,
-        actor=variables["actor"],
-        parameters=variables["parameters"],
-        num_tokens=num_tokens,
-        autocast=NO_AUTOCAST,
-    )
     for seed, damping, size in ((0, 0.0, 6), (1, 0.1, 4), (2, 0.0, 1)):
         vector = torch.randn(len(fisher), generator=torch.Generator().manual_seed(seed))
-        got = product(vector, mbs=fisher_batches(variables, size), damping=damping)
+        given = variables["actor"], variables["parameters"], fisher_batches(variables, size), num_tokens, damping
+        got = trpo.fisher_vector_product(*given, vector)
         wanted = fisher @ vector.double() + damping * vector
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
     assert all(p.grad is None for p in variables["policy"].parameters())
@@ -136,10 +130,8 @@ def test_fisher_vector_product_in_bfloat16():
     variables = rollout("gpt2")
     fisher, vector = dense_fisher(variables), torch.randn(sum(p.numel() for p in variables["policy"].parameters()))
     batches, num_tokens = fisher_batches(variables, 6), variables["mask"].sum()
-    autocast = NO_AUTOCAST | dict(enabled=True)
-    got = trpo.fisher_vector_product(
-        vector, variables["actor"], variables["parameters"], batches, num_tokens, 0.0, autocast
-    )
+    variables["actor"].autocast = NO_AUTOCAST | dict(enabled=True)
+    got = trpo.fisher_vector_product(variables["actor"], variables["parameters"], batches, num_tokens, 0.0, vector)
     wanted = fisher @ vector.double()
     assert got.dtype == torch.float32
     assert (got - wanted).norm() < 0.05 * wanted.norm()
@@ -278,7 +270,7 @@ def test_no_forward_derivatives():
     """A model with an operation that knows no dual numbers is refused in one line, another is not."""
     variables = rollout("gpt2")
     given = variables["actor"], variables["parameters"], variables["batch"]["queries"], variables["batch"]["query_mask"]
-    args = SimpleNamespace(model="some/model", dtype="float32")
+    args = SimpleNamespace(model="some/model")
     trpo.check_derivatives(*given, args)
 
     class Plain(torch.autograd.Function):
