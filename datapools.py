@@ -5,7 +5,8 @@ metrics and decoding that the scripts use unless told otherwise. One loader func
 end. Names are those of the table, one's own file or folder, or a dataset of the hub (see `load_own`).
 
 To add a task: write a function `load(split, data=None, **options)` that gives a Split, or a list of Sample where these
-are few, and a line in TASKS.
+are few, and a line in TASKS. Also here, as no algorithm differs in it: reading a model folder and a command line, with
+one line for what is wrong.
 Sources, licences, sizes and an example of each task: docs/tasks.md.
 """
 
