@@ -228,7 +228,31 @@ def test_prompts_longer_than_the_positions(gpt2):
     with pytest.raises(datapools.UsageError, match="129: .* 128 positions"):
         datapools.language_model_config(args, "causal")
     args.response_length = 28
-    datapools.language_model_config(args, "causal")
+    for policy_type in ("causal", None):
+        assert datapools.language_model_config(args, policy_type).model_type == "gpt2"
+    with pytest.raises(datapools.UsageError, match="gpt2 is decoder-only; see the causal script"):
+        datapools.language_model_config(args, "seq2seq")
+
+
+def test_prompts_and_responses_of_an_encoder_decoder_have_positions_of_their_own(tmp_path):
+    args = SimpleNamespace(model=str(save("bart", True, tmp_path)), prompt_length=128, response_length=128)
+    for policy_type in ("seq2seq", None):
+        assert datapools.language_model_config(args, policy_type).model_type == "bart"
+    with pytest.raises(datapools.UsageError, match="bart is encoder-decoder; see the seq2seq script"):
+        datapools.language_model_config(args, "causal")
+    for name in ("prompt_length", "response_length"):
+        with pytest.raises(datapools.UsageError, match="129: .* 128 positions"):
+            datapools.language_model_config(SimpleNamespace(**vars(args) | {name: 129}), "seq2seq")
+
+
+def test_one_of_the_trial_prompts_is_shorter(gpt2):
+    """Also where all prompts of a task are the same: else no row of check_fit would be padded."""
+    tokenizer, args = datapools.load_tokenizer(str(gpt2)), SimpleNamespace(prompt_length=16, truncation_side="left")
+    split = [datapools.Sample(str(i), "w5 w6 w7 w8", [], {}) for i in range(9)]
+    for seq2seq in (True, False):
+        ids, mask = datapools.trial_prompts(tokenizer, split, args, 0, "cpu", seq2seq)
+        assert len(ids) == 4 and mask.sum(1)[0] < mask.sum(1)[1] and mask[1:].all()
+        assert mask[0, 0 if seq2seq else -1]
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
