@@ -766,6 +766,14 @@ def test_typed_options(tmp_path):
     assert "did you mean 'n_samples'?" in message(datapools.load_splits, "numbers", None, {"n_sample": "7"})
 
 
+def test_what_is_typed_is_seen_before_it_is_parsed():
+    for line in ("--policy-type causal", "--policy-type=causal", "--policy_type causal", "--policy_type=causal"):
+        argv = ["--task", "numbers", *line.split(), "--reward", "a", "b"]
+        assert datapools.typed(argv, "--policy-type", "seq2seq") == "causal"
+    for line in ("", "--policy-type", "--policy causal"):  # nothing, nothing after it, and another flag
+        assert datapools.typed(line.split(), "--policy-type", "seq2seq") == "seq2seq"
+
+
 def test_parse_kwargs():
     typed = {"min_tokens": "5", "a.k": "[1, 2]", "b.k": "text", "b.none": "null"}
     kwargs = datapools.parse_kwargs(typed, ["a", "b"], {"a": {"min_tokens": 1, "z": 2}})
