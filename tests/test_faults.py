@@ -451,6 +451,7 @@ def test_resumed_run_learns_at_the_rate_and_the_penalty_that_are_typed(script, k
 def test_resumed_run_takes_another_optimizer(texts, digits, tmp_path):
     """Which cannot go on from the other's moments."""
     run_ok("a2c", command("a2c", "causal", texts, digits, num_iterations=2, optimizer="rmsprop"), tmp_path)
+    assert all("square_avg" in slots for slots in checkpoint(tmp_path / "run")["optimizer"]["state"].values())
     run_ok("a2c", ["--run-dir", "run", "--resume", "--num-iterations", "3", "--optimizer", "adam"], tmp_path)
     state = checkpoint(tmp_path / "run")["optimizer"]["state"]
     assert {slots["step"].item() for slots in state.values()} == {1.0}
