@@ -87,7 +87,7 @@ LOGS = ("metrics.jsonl", "eval.jsonl")
 # the last word of every counter: what its random numbers are for (datapools.prompt_order has one too)
 TOKENS = 0
 EVALUATION_STREAM = 2**63 - 1  # no iteration has this number
-signature = functools.cache(inspect.signature)  # looking it up takes as long as a layer of a small model
+signature = functools.cache(inspect.signature)  # of a forward: looking it up takes as long as a layer of a small model
 
 
 @dataclass
@@ -664,7 +664,7 @@ def decode_split(policy, tokenizer, samples, decoding, behaviour, args, device):
         texts += datapools.decode_responses(tokenizer, prompt_ids, datapools.until_eos(responses, eos), seq2seq)
     parts = [texts] * world_size
     if dist.is_initialized():
-        dist.all_gather_object(parts, texts)
+        dist.all_gather_object(parts, texts)  # sample i is of process i % world_size
     return [text for turn in zip(*parts, strict=True) for text in turn][: len(samples)]
 
 
