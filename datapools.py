@@ -1086,7 +1086,9 @@ def typed(argv: list[str], flag: str, default: str | None = None) -> str | None:
 def parse_flags(args_class: type, argv: list[str], defaults: dict, record: dict, description: str):
     """An object of the class: what is typed, else what the record of a resumed run says, else the defaults, each value
     of its type. UsageError for a wrong one; `--help` ends the process; what differs from the record is named."""
-    message, settings = io.StringIO(), TypeAdapter(args_class)
+    script, message, settings = Path(sys.argv[0]).stem, io.StringIO(), TypeAdapter(args_class)
+    if record.get("script", script) != script:
+        raise UsageError(f"--resume: --run-dir {record['run_dir']} is a run of {record['script']}.py, not of this one")
     defaults = defaults | {name: value for name, value in record.items() if name in args_class.__dataclass_fields__}
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(message):

@@ -185,7 +185,7 @@ def main():
         raise UsageError(f"--model {args.model}: has changed since this run began; --resume needs it as it was")
     rank, world_size = join_processes(device)
     wandb_id = record.get("wandb_id", os.urandom(4).hex())
-    record = dict(start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
+    record = dict(script=Path(__file__).stem, start_weights=start_weights, wandb_id=wandb_id, world_size=world_size)
     run_dir = open_run_dir(args, record, rank)
     checkpoint = load_checkpoint(run_dir, rank) if args.resume else {}
     # B sequences of an iteration in this process, Q prompt tokens, T response tokens, V vocabulary

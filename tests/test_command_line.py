@@ -168,6 +168,7 @@ WRONG = [
     (ANY, "--run-dir {own}/run", "--run-dir {own}/run"),
     (ANY, "--resume", "--resume", "--run-dir"),
     (ANY, "--resume --run-dir {damaged}", "latest.pt", "damaged"),
+    (ANY, "--resume --run-dir {of_another}", "--resume", "--run-dir of_another", "another.py"),
 ]
 
 OWN = '''
@@ -310,6 +311,8 @@ def things(tmp_path_factory, texts):
     write_rows(folder / "bad_references.jsonl", [{"prompt": "one", "references": [1]}] * 12)
     (folder / "exists").mkdir()
     (folder / "exists" / "metrics.jsonl").write_text("mine\n")
+    (folder / "of_another").mkdir()
+    (folder / "of_another" / "config.json").write_text('{"script": "another", "run_dir": "of_another"}')
     (folder / "damaged" / "checkpoint").mkdir(parents=True)
     (folder / "damaged" / "checkpoint" / "latest.pt").write_text("half")
 
