@@ -1,6 +1,6 @@
 """Every script on the device of this machine: what CI, which has no GPU, does not see.
 
-    python tests/on_device.py /tmp/on_device --jobs 8
+    python tests/on_device.py runs/on_device --jobs 8
 
 For each script and type of policy, in float32 and in bfloat16, tiny runs of four iterations: a whole one, one that ends
 after two and is resumed, one in a process group of one process (NCCL on a GPU), one with --fsdp, resumed as well, and
