@@ -232,13 +232,14 @@ def test_without_a_mask_it_is_ppo(kind, tmp_path, texts, digits):
         assert all(abs(one[name] - two[name]) <= 1e-6 for name in one if name.startswith(("objective/", "losses/")))
 
 
-def test_a_mask_that_bites_reaches_the_loss(tmp_path, texts, digits):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_that_bites_reaches_the_loss(kind, tmp_path, texts, digits):
     """In the original the mask drops out of the policy loss: gradients with real masks and with none are equal."""
     runs = []
     for ratio in ("masked", "unmasked"):
         settings = SETTINGS | dict(task=texts, reward=digits, run_dir=tmp_path / ratio, top_mask=0.3, ratio=ratio)
         settings |= dict(vf_coef=0)  # the gradient of the policy alone
-        run_ok("nlpo_causal", flags("nlpo_causal", **settings), tmp_path)
+        run_ok(f"nlpo_{kind}", flags(f"nlpo_{kind}", **settings), tmp_path)
         runs.append(rows(tmp_path / ratio / "metrics.jsonl"))
     masked, unmasked = runs
     assert masked[0]["rollout/mask_bite_fraction"] > 0.9
