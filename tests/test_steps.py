@@ -393,6 +393,25 @@ def test_rewards_are_divided_by_their_deviation(script, kind, made):
     assert not after.token_rewards[~after.mask].any()
 
 
+@pytest.mark.parametrize("script, kind", RL_CASES)
+def test_scores_of_responses_that_all_end_early(script, kind):
+    """At their own last tokens, however far before the longest that a response may be."""
+    lengths, values, T = [2, 4, 1], [1.0, -2.0, 3.0], 7
+    mask = torch.arange(T) < torch.tensor(lengths).unsqueeze(1)
+    samples = [datapools.Sample(str(i), "p", ["r"], {}) for i in range(3)]
+    variables = dict.fromkeys(("policy", "reference", "value_model", "batch", "behaviour", "autocast"))
+    variables |= dict(
+        args=SimpleNamespace(reward_weights=[2.0], eos_penalty=None), iteration=1, mask=mask, T=T, samples=samples
+    )
+    variables |= dict(reward_functions={"own": lambda prompts, generations, references, metas: values})
+    variables |= dict(generations=["a", "b", "c"], token_ids=[[5] * length for length in lengths])
+    variables |= dict(thread=SimpleNamespace(submit=lambda *passes: None), device=torch.device("cpu"))
+    after = run_steps(script, 2, 2, **variables)
+    expected = torch.zeros(3, T)
+    expected[range(3), [length - 1 for length in lengths]] = 2 * torch.tensor(values)
+    assert torch.equal(after["scores"], expected) and after["means"] == {"own": pytest.approx(2 / 3)}
+
+
 # ------------------------------------------------------------------------------------------------ step 6
 
 

@@ -82,6 +82,22 @@ def rollout(kind, min_response_length=0, temperature=1.0, **settings):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_the_actor_computes_under_autocast_with_a_head_in_float32(kind):
+    variables = rollout(kind)
+    policy, mb = variables["policy"], SimpleNamespace(**variables["batch"])
+    trpo.prepare_model(policy, torch.device("cpu"), fsdp=False, recompute=False)
+    autocast = NO_AUTOCAST | dict(enabled=True)
+    with torch.no_grad():
+        exact, rounded = (
+            variables["actor"](mb),
+            trpo.BehaviourPolicy(policy, variables["actor"].behaviour, autocast)(mb),
+        )
+        with torch.autocast(**autocast):
+            expected = trpo.response_logits(policy, mb)
+    assert torch.equal(rounded, expected) and rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+
+
 def all_logits(variables, policy=None):
     """Logits (tokens, V) of all response tokens, tempered and without EOS where it is too early."""
     behaviour = variables["actor"].behaviour
